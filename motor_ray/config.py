@@ -1,0 +1,318 @@
+"""Every setting of a run, as one tree of frozen models.
+
+Lengths end in ``_angstrom``; shapes and counts are in voxels, pixels or heatmap cells, as each docstring
+says. Order is z, y, x. The defaults are the published recipe (ResNet-101, 720 x 720 frames).
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from motor_ray.errors import ConfigError
+
+HEATMAP_STRIDE = 4
+"""Frame pixels per heatmap cell: 720 x 720 frames have 180 x 180 cells."""
+
+
+class Settings(BaseModel):
+    """A group of settings: immutable, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ArchiveSettings(Settings):
+    """How tomograms are read."""
+
+    anonymous: bool = False
+    """Read public buckets without credentials."""
+
+    mrc_mode_0: Literal["auto", "int8", "uint8"] = "auto"
+    """MRC mode 0 is int8 by the standard, but many writers meant uint8; 'auto' decides from the grey values."""
+
+    voxel_spacing_angstrom: float | None = Field(None, gt=0)
+    """The true voxel spacing of tomograms whose files do not say it, or say it wrongly."""
+
+
+class FrameSettings(Settings):
+    """How a slice becomes the square frame that the network sees."""
+
+    mode: Literal["fit", "spacing"] = "fit"
+    """'fit': the longest edge becomes `size`; 'spacing': resample, in as few frames as it takes."""
+
+    size: int = Field(720, ge=64, le=4096, multiple_of=32)
+    """Edge of a frame in pixels."""
+
+    spacing_angstrom: float = Field(16.0, gt=0)
+    """Angstrom per frame pixel in mode 'spacing'."""
+
+
+class PreprocessSettings(Settings):
+    """Grey levels, before the network sees them."""
+
+    clip_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Slices that are not 8-bit are clipped to these percentiles and stretched to 0-255."""
+
+    clahe: bool = True
+    """Contrast-limited adaptive histogram equalisation."""
+
+    clahe_clip: float = Field(2.0, gt=0)
+    """Clip limit of CLAHE."""
+
+    clahe_tiles: int = Field(8, ge=1, le=64)
+    """CLAHE tiles along each edge of the frame."""
+
+    @model_validator(mode="after")
+    def _percentiles_ascend(self) -> "PreprocessSettings":
+        low, high = self.clip_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"clip_percentiles must ascend within 0-100, got {low:g} and {high:g}")
+        return self
+
+
+class AugmentSettings(Settings):
+    """Random changes of a training frame; its boxes move along."""
+
+    rotation_degrees: float = Field(15.0, ge=0, le=180)
+    """Rotation by up to this angle either way."""
+
+    scaling: float = Field(0.1, ge=0, lt=1)
+    """Zoom by up to this fraction either way."""
+
+    translation_pixels: float = Field(20.0, ge=0)
+    """Shift by up to this many frame pixels along each axis."""
+
+    flips: bool = False
+    """Mirror along y and x, each with probability one half."""
+
+    poisson_probability: float = Field(0.5, ge=0, le=1)
+    """Share of frames whose pixels become Poisson draws with the pixel's intensity as their mean."""
+
+    blur_sigma_max: float = Field(1.5, ge=0)
+    """Gaussian blur with a sigma drawn from 0 to this, in frame pixels."""
+
+
+class TargetSettings(Settings):
+    """What the network is asked to predict."""
+
+    box_pixels: float = Field(100.0, gt=0)
+    """Edge of the box drawn around a motor, in frame pixels. The labels are points; the boxes are ours."""
+
+    sigma: float = Field(2.0, gt=0)
+    """Standard deviation of a centre's Gaussian, in heatmap cells."""
+
+    reach_angstrom: float = Field(60.0, ge=0)
+    """A slice shows a motor if it lies within this distance of the motor's centre along z."""
+
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b3"]
+
+
+class ModelSettings(Settings):
+    """The network."""
+
+    backbone: Backbone = "resnet101"
+    """Feature extractor, truncated after its last stage."""
+
+    pretrained: str = "imagenet"
+    """'imagenet' (torchvision's weights), 'none', or the path or URI of a state dict of the backbone."""
+
+    in_slices: Literal[1, 3] = 1
+    """1: the slice as a grey image. 3: the slices z-k, z, z+k as the three channels."""
+
+    slice_step: int = Field(1, ge=1, le=64)
+    """k, in slices, when `in_slices` is 3."""
+
+    neck_channels: int = Field(256, ge=8)
+    """Channels of the feature pyramid."""
+
+    head_channels: int = Field(64, ge=8)
+    """Channels between a head's two convolutions."""
+
+
+class LossSettings(Settings):
+    """The parts of the loss, and what each weighs."""
+
+    heatmap: Literal["focal", "bce"] = "focal"
+    """Penalty-reduced focal loss, or plain binary cross-entropy."""
+
+    heatmap_weight: float = Field(1.0, ge=0)
+    """Weight of the centre heatmap."""
+
+    offset_weight: float = Field(1.0, ge=0)
+    """Weight of the L1 distance of the sub-cell offset."""
+
+    size_weight: float = Field(0.1, ge=0)
+    """Weight of the L1 distance of the box's size, in heatmap cells."""
+
+    giou_weight: float = Field(1.0, ge=0)
+    """Weight of 1 - GIoU of the box at each centre."""
+
+    presence_weight: float = Field(1.0, ge=0)
+    """Weight of the binary cross-entropy of 'this slice shows a motor'."""
+
+
+class TrainSettings(Settings):
+    """Optimisation."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the training slices."""
+
+    batch_size: int = Field(4, ge=1)
+    """Frames a worker takes per step."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """AdamW's peak learning rate; it falls to zero along a cosine."""
+
+    weight_decay: float = Field(1e-5, ge=0)
+    """AdamW's weight decay."""
+
+    clip_norm: float = Field(5.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+    mixed_precision: bool = True
+    """Compute in bfloat16 where that is safe."""
+
+    patience: int = Field(15, ge=1)
+    """Stop after this many epochs without a better validation mAP@0.5."""
+
+    negatives_per_positive: float = Field(1.0, ge=0)
+    """Slices without a motor for each slice with one."""
+
+    slices_per_motor: int = Field(9, ge=1)
+    """At most this many slices within a motor's reach, evenly spaced, are training samples."""
+
+    worker_cpus: int = Field(1, ge=1)
+    """CPUs of a worker; a worker without GPU computes on this many threads."""
+
+    seed: int = 420
+    """Seed of the split, the choice of slices, the initial weights and the augmentation."""
+
+
+class DetectSettings(Settings):
+    """From slices to scored boxes."""
+
+    score_threshold: float = Field(0.3, ge=0, le=1)
+    """Peaks below this are not reported."""
+
+    max_detections: int = Field(20, ge=1)
+    """Detections kept per slice, best first."""
+
+    slab_slices: int = Field(12, ge=1, le=64)
+    """Slices of one tomogram that are read together and travel as one row."""
+
+    batch_frames: int = Field(8, ge=1)
+    """Frames that pass through the network at a time."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; 'auto' compiles when the archive is long enough to pay for it."""
+
+    mixed_precision: bool = True
+    """Compute in bfloat16."""
+
+    loaders: int | None = Field(None, ge=1)
+    """Preprocessing actors; chosen from the cluster's CPUs when not given."""
+
+    scorers: int | None = Field(None, ge=1)
+    """Inference actors; one per GPU, or one in all without GPUs, when not given."""
+
+
+class LinkSettings(Settings):
+    """From boxes on slices to motors in three dimensions."""
+
+    merge_distance_angstrom: float = Field(400.0, gt=0)
+    """Two motors nearer than this are one; the closest pair in the public labels is 432 angstrom apart."""
+
+    max_gap_angstrom: float = Field(100.0, ge=0)
+    """A motor may go unseen along z for this long."""
+
+    min_slices: int = Field(2, ge=1)
+    """A motor seen on fewer slices is dropped, unless the tomogram has fewer."""
+
+    assumed_spacing_angstrom: float = Field(13.3, gt=0)
+    """Voxel spacing of a tomogram whose own is unknown; the commonest of the public data."""
+
+
+class EvaluateSettings(Settings):
+    """How detections are compared with labels."""
+
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Score from which a motor counts in precision, recall and F2."""
+
+    radius_angstrom: float = Field(1000.0, gt=0)
+    """A motor within this distance of the truth is a hit (the official metric)."""
+
+
+class RunSettings(Settings):
+    """Every setting there is."""
+
+    archive: ArchiveSettings = ArchiveSettings()
+    frame: FrameSettings = FrameSettings()
+    preprocess: PreprocessSettings = PreprocessSettings()
+    augment: AugmentSettings = AugmentSettings()
+    targets: TargetSettings = TargetSettings()
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    detect: DetectSettings = DetectSettings()
+    link: LinkSettings = LinkSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def settings_from(values: Mapping[str, Any], source: str = "settings") -> RunSettings:
+    """Check `values`, a nested mapping such as a YAML file holds, against the tree.
+
+    Raises ConfigError naming every setting that is wrong, with the nearest known name for an unknown one.
+    """
+    try:
+        return RunSettings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(map(_sentence, error.errors()))) from None
+
+
+def read_settings(path: str | Path) -> RunSettings:
+    """Read a YAML file of settings. Raises ConfigError if it is missing, not YAML, or names a wrong setting."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a YAML file of settings") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return RunSettings()
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(values).__name__}, expected groups of settings such as 'train: {{epochs: 20}}'"
+        )
+    return settings_from(values, str(path))
+
+
+def settings_hash(settings: Settings) -> str:
+    """A short name for these settings: equal trees have equal hashes, on any machine."""
+    canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{place}: {error['msg']}, got {error['input']!r}"
+    known = _known_names(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"{place}: unknown setting; {hint}"
+
+
+def _known_names(groups: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = RunSettings
+    for group in groups:
+        annotation = model.model_fields[str(group)].annotation
+        options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)

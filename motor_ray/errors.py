@@ -1,0 +1,48 @@
+"""What can go wrong, each also the builtin a caller would expect.
+
+A message says where, what was got, what was expected and what to do about it.
+"""
+
+
+class MotorRayError(Exception):
+    """The root: the command line turns any of these into one sentence and exit code 2."""
+
+
+class ConfigError(MotorRayError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class StorageError(MotorRayError, OSError):
+    """A file, folder or bucket cannot be reached, read or written."""
+
+
+class ManifestError(MotorRayError, ValueError):
+    """The table of tomograms is empty, malformed or contradicts itself."""
+
+
+class LabelsError(MotorRayError, ValueError):
+    """The labels are malformed or contradict the tomograms they describe."""
+
+
+class TomogramError(MotorRayError, ValueError):
+    """A tomogram's header cannot be read or describes something we cannot use."""
+
+
+class SliceMissingError(MotorRayError, FileNotFoundError):
+    """A slice that the manifest promises is not there."""
+
+
+class SliceCorruptError(MotorRayError, ValueError):
+    """A slice is there, but its pixels cannot be decoded."""
+
+
+class CheckpointError(MotorRayError, ValueError):
+    """A checkpoint directory is incomplete, of another format version, or not ours."""
+
+
+class MetricError(MotorRayError, ValueError):
+    """Truth and detections cannot be compared."""
+
+
+class RunError(MotorRayError, RuntimeError):
+    """A run cannot start, or its counts do not add up."""

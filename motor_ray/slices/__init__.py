@@ -1,0 +1,1 @@
+"""Pixels to tensors: where a slice lies in a frame, grey levels, augmentation and targets."""

@@ -1,0 +1,73 @@
+"""What the network should say about a frame: boxes to heatmap, size, offset, mask and presence.
+
+A centre's cell is the floor of its sub-cell position, so that the Gaussian's peak is exactly 1; the remainder
+is the offset (Zhou et al. 2019, "Objects as Points", arXiv 1904.07850). A peak at the sub-cell position would
+leave no cell equal to 1, and the focal loss without a positive.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from motor_ray.config import HEATMAP_STRIDE, TargetSettings
+
+
+class Targets(NamedTuple):
+    """Targets of one frame, or of a batch with a leading axis; all float32, lengths in heatmap cells."""
+
+    heatmap: torch.Tensor
+    """``(1, h, w)`` in [0, 1], exactly 1 at each centre."""
+
+    size: torch.Tensor
+    """``(2, h, w)`` height and width of the box, at centres; 0 elsewhere."""
+
+    offset: torch.Tensor
+    """``(2, h, w)`` y and x in [0, 1) from the cell to the centre, at centres; 0 elsewhere."""
+
+    mask: torch.Tensor
+    """``(1, h, w)`` 1 at centres, 0 elsewhere."""
+
+    presence: torch.Tensor
+    """``()`` 1 if there is any box, else 0."""
+
+
+def motors_on_slice(motors: NDArray[np.float64], z: int, reach_voxels: float) -> NDArray[np.float64]:
+    """The (y, x) of those motors ``(n, 3)`` (z, y, x in voxels) whose centre lies within reach of slice `z`."""
+    return np.asarray(motors[np.abs(motors[:, 0] - z) <= reach_voxels, 1:])
+
+
+def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings) -> Targets:
+    """Targets of a frame of edge `size` pixels with ``(n, 4)`` boxes (centre y, x, height, width) in frame pixels.
+
+    Centres must lie in the frame. Of two boxes centred in one cell the later one counts.
+    """
+    edge = size // HEATMAP_STRIDE
+    scaled = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) / HEATMAP_STRIDE
+    cells = np.floor(scaled[:, :2]).astype(np.int64)
+    if cells.size and (cells.min() < 0 or cells.max() >= edge):
+        outside = boxes[((cells < 0) | (cells >= edge)).any(axis=1)][0]
+        raise ValueError(f"box centre ({outside[0]:g}, {outside[1]:g}) lies outside a frame of {size} pixels")
+    ys, xs = cells.T
+    mask, sizes, offsets = (np.zeros((channels, edge, edge), np.float32) for channels in (1, 2, 2))
+    mask[0, ys, xs] = 1
+    sizes[:, ys, xs] = scaled[:, 2:].T
+    offsets[:, ys, xs] = (scaled[:, :2] - cells).T
+    return Targets(
+        heatmap=torch.from_numpy(_draw_heatmap(cells, edge, settings.sigma)),
+        size=torch.from_numpy(sizes),
+        offset=torch.from_numpy(offsets),
+        mask=torch.from_numpy(mask),
+        presence=torch.tensor(float(len(cells) > 0)),
+    )
+
+
+def _draw_heatmap(cells: NDArray[np.int64], edge: int, sigma: float) -> NDArray[np.float32]:
+    """The highest of the Gaussians around `cells` ``(n, 2)``, as ``(1, edge, edge)``."""
+    heatmap = np.zeros((1, edge, edge), np.float32)
+    axis = np.arange(edge)
+    for y, x in cells:
+        rows, columns = (np.exp(-((axis - centre) ** 2) / (2 * sigma**2)) for centre in (y, x))
+        np.maximum(heatmap[0], np.outer(rows, columns), out=heatmap[0])
+    return heatmap

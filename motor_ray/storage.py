@@ -1,0 +1,90 @@
+"""Files and folders by URI, on this machine or in object storage; knows nothing of what they hold.
+
+The endpoint and the credentials of ``s3://`` come from the usual AWS environment variables.
+"""
+
+import json
+import os
+from typing import Any
+
+import fsspec
+
+from motor_ray.errors import StorageError
+
+
+def filesystem(uri: str, *, anonymous: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that holds `uri`, and the path of `uri` on it. Raises StorageError for an unknown scheme."""
+    scheme = uri.split("://", 1)[0] if "://" in uri else "file"
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        options = {"anon": anonymous, "endpoint_url": os.environ.get("AWS_ENDPOINT_URL")}
+    try:
+        files = fsspec.filesystem(scheme, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"{uri}: cannot open {scheme}:// ({error}); give a local path or an s3:// URI") from None
+    return files, files._strip_protocol(uri).rstrip("/") or "/"
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` below it: ``join("s3://b/a/", "c.json")`` is ``"s3://b/a/c.json"``."""
+    return "/".join([uri.rstrip("/") or "/", *parts])
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at `uri`."""
+    files, path = filesystem(uri)
+    return bool(files.exists(path))
+
+
+def make_folder(uri: str) -> None:
+    """Make the folder `uri` and its parents; object stores have none to make."""
+    files, path = filesystem(uri)
+    files.makedirs(path, exist_ok=True)
+
+
+def remove(uri: str) -> None:
+    """Remove the file or folder `uri`, if it is there."""
+    files, path = filesystem(uri)
+    if files.exists(path):
+        files.rm(path, recursive=True)
+
+
+def read_bytes(uri: str, *, anonymous: bool = False) -> bytes:
+    """All bytes of the file `uri`. Raises StorageError if it cannot be read."""
+    files, path = filesystem(uri, anonymous=anonymous)
+    try:
+        return bytes(files.cat_file(path))
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the file `uri` so that a reader sees either all of `data` or what was there before."""
+    files, path = filesystem(uri)
+    local = isinstance(files, fsspec.implementations.local.LocalFileSystem)
+    try:
+        files.makedirs(files._parent(path), exist_ok=True)
+        # An object store publishes an object whole; on disk a rename does the same.
+        files.pipe_file(f"{path}.partial" if local else path, data)
+        if local:
+            os.replace(f"{path}.partial", path)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be written ({reason(error)})") from None
+
+
+def read_json(uri: str) -> Any:
+    """The JSON value in the file `uri`. Raises StorageError if it is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri}: is not JSON ({error})") from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write `value` as indented JSON to the file `uri`."""
+    write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without the path that the caller names anyway."""
+    return error.strerror or str(error) or type(error).__name__

@@ -1,0 +1,198 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from motor_ray import storage
+from motor_ray.config import FrameSettings, ModelSettings, RunSettings
+from motor_ray.detector import checkpoint
+from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from motor_ray.detector.model import Detector
+from motor_ray.errors import CheckpointError, ConfigError, StorageError
+
+SmallModel = Callable[..., Detector]
+
+# A name that could not be fetched here: loading must not try.
+MODEL = ModelSettings(backbone="resnet18", pretrained="imagenet", neck_channels=16, head_channels=8)
+SETTINGS = RunSettings(model=MODEL, frame=FrameSettings(size=128))
+
+
+@pytest.fixture
+def saved(small_model: SmallModel, tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "best", small_model(), SETTINGS, {"map_50": 0.5})
+    return tmp_path / "best"
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change values of the description in `folder`; None removes one."""
+    path = folder / "model.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b3"])
+def test_a_loaded_model_predicts_bit_for_bit_what_the_saved_one_did(
+    small_model: SmallModel, tmp_path: Path, backbone: str
+) -> None:
+    model = small_model(backbone)
+    settings = SETTINGS.model_copy(update={"model": MODEL.model_copy(update={"backbone": backbone})})
+    sha256 = save_checkpoint(tmp_path / "a", model, settings, {"map_50": 0.5, "epoch": 3})
+    loaded = load_checkpoint(str(tmp_path / "a"))
+    image = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(loaded.model(image), model(image), strict=True))
+    assert not loaded.model.training
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.settings == settings
+    assert loaded.metrics == {"map_50": 0.5, "epoch": 3}
+    assert loaded.sha256 == sha256
+
+
+def test_equal_weights_have_equal_hashes(small_model: SmallModel, tmp_path: Path) -> None:
+    first, again = (save_checkpoint(tmp_path / name, small_model(), SETTINGS, {}) for name in "ab")
+    other = save_checkpoint(tmp_path / "c", small_model(in_slices=3, head_channels=4), SETTINGS, {})
+    assert first == again != other
+
+
+def test_the_recipes_own_settings_survive(small_model: SmallModel, tmp_path: Path) -> None:
+    settings = RunSettings(model=MODEL)
+    save_checkpoint(tmp_path / "a", small_model(), settings, {})
+    assert load_checkpoint(tmp_path / "a").settings == settings
+
+
+def test_loading_leaves_the_random_numbers_of_others_alone(saved: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_checkpoint(saved)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_weights_can_be_copied_into_a_model_that_exists(saved: Path, small_model: SmallModel) -> None:
+    model = small_model().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(saved, model)
+    expected = small_model().state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+def test_a_checkpoint_is_two_files_and_says_what_wrote_it(saved: Path) -> None:
+    assert sorted(os.listdir(saved)) == ["model.json", "model.safetensors"]
+    assert os.listdir(saved.parent) == ["best"]
+    description = json.loads((saved / "model.json").read_text())
+    assert description["format_version"] == 1
+    assert {"motor_ray", "git_commit"} <= description.keys()
+
+
+def test_a_newer_checkpoint_replaces_the_older(saved: Path, small_model: SmallModel) -> None:
+    save_checkpoint(saved, small_model(), SETTINGS, {"map_50": 0.75})
+    assert load_checkpoint(saved).metrics == {"map_50": 0.75}
+
+
+@pytest.mark.parametrize("step", ["_write", "os.rename"])
+def test_a_failure_while_writing_leaves_the_checkpoint_that_was_there(
+    saved: Path, small_model: SmallModel, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"motor_ray.detector.checkpoint.{step}", fail)
+        with pytest.raises(StorageError, match="cannot be written"):
+            save_checkpoint(saved, small_model(), SETTINGS, {"map_50": 0.75})
+    assert load_checkpoint(saved).metrics == {"map_50": 0.5}
+    assert os.listdir(saved.parent) == ["best"]
+
+
+def test_an_object_store_gets_the_description_last(small_model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write_bytes = storage.write_bytes
+
+    def record(uri: str, data: bytes) -> None:
+        written.append(uri)
+        write_bytes(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", record)
+    save_checkpoint("memory://bucket/run/best", small_model(), SETTINGS, {"map_50": 0.5})
+    assert written == ["memory://bucket/run/best/model.safetensors", "memory://bucket/run/best/model.json"]
+    assert load_checkpoint("memory://bucket/run/best").metrics == {"map_50": 0.5}
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_a_directory_with_other_things_is_not_replaced(tmp_path: Path, small_model: SmallModel) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(StorageError, match=r"holds thesis\.txt.*give a new directory"):
+        save_checkpoint(tmp_path, small_model(), SETTINGS, {})
+    with pytest.raises(StorageError, match="is a file, expected a directory"):
+        save_checkpoint(tmp_path / "thesis.txt", small_model(), SETTINGS, {})
+    assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read.*a checkpoint is a directory of"):
+        load_checkpoint(saved)
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.json: cannot be read"):
+        load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "model.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match="has no format_version"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_format_version_is_refused(saved: Path, version: object) -> None:
+    edit(saved, format_version=version, motor_ray="9.9.9")
+    with pytest.raises(
+        CheckpointError, match=rf"format version {version!r} \(written by motor_ray 9\.9\.9\).*version 1"
+    ):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["sha256", "settings", "metrics"])
+def test_an_incomplete_description_is_refused(saved: Path, name: str) -> None:
+    edit(saved, **{name: None})
+    with pytest.raises(CheckpointError, match=f"{name} missing or malformed"):
+        load_checkpoint(saved)
+
+
+def test_an_unknown_setting_is_refused(saved: Path) -> None:
+    edit(saved, settings={"model": {"backbon": "resnet18"}})
+    with pytest.raises(ConfigError, match=r"model\.json: model\.backbon: unknown setting; did you mean backbone"):
+        load_checkpoint(saved)
+
+
+def test_damaged_tensors_are_noticed(saved: Path) -> None:
+    tensors = saved / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="the tensors have sha256"):
+        load_checkpoint(saved)
+
+
+def test_tensors_of_another_network_are_refused(saved: Path, small_model: SmallModel) -> None:
+    edit(saved, settings=RunSettings(model=MODEL.model_copy(update={"neck_channels": 24})).model_dump(mode="json"))
+    with pytest.raises(CheckpointError, match=r"do not fit the network: neck\..* \(16, .* instead of \(24, .* more of"):
+        load_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"missing; .* unexpected"):
+        load_weights(saved, small_model("efficientnet_b3"))
+
+
+def test_the_commit_is_that_of_the_source_tree_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.motor_ray, "__file__", str(tmp_path / "motor_ray" / "__init__.py"))
+    assert checkpoint._git_commit() is None
+    (tmp_path / ".git").mkdir()
+    assert checkpoint._git_commit() is None
