@@ -7,6 +7,7 @@ Verbs import what they need when they run, so that ``--help`` answers at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -153,11 +154,14 @@ class Manifest:
 
     def run(self) -> Result:
         """Write the table."""
-        from motor_ray.archive.manifest import make_manifest, write_manifest
+        from motor_ray.archive.manifest import find_tomograms, write_manifest
 
-        table = make_manifest(self.archive, all_settings(self).archive)
+        table, failures = find_tomograms(self.archive, all_settings(self).archive)
         write_manifest(table, self.out)
-        return {"manifest": self.out, "tomograms": len(table), "slices": sum(table["size_z"].to_pylist())}, 0
+        unusable = failures["error"].to_pylist()
+        slices = sum(table["size_z"].to_pylist())
+        result = {"manifest": self.out, "tomograms": len(table), "slices": slices, "unusable": unusable}
+        return result, bool(unusable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +229,18 @@ class Detect:
 
     def run(self) -> Result:
         """Detect."""
-        from motor_ray.archive.manifest import make_manifest, read_manifest
+        from motor_ray.archive.manifest import find_tomograms, read_manifest
         from motor_ray.distributed.detect import detect
+        from motor_ray.tables import FAILURES
 
         if (self.archive is None) == (self.manifest is None):
             raise ConfigError("give either --archive or --manifest, the tomograms to look at")
         settings = all_settings(self)
-        table = read_manifest(self.manifest) if self.manifest else make_manifest(str(self.archive), settings.archive)
-        run = detect(table, self.model, self.out, settings)
+        if self.manifest:
+            tomograms = (read_manifest(self.manifest), FAILURES.empty_table())
+        else:
+            tomograms = find_tomograms(str(self.archive), settings.archive)
+        run = detect(*tomograms, self.model, self.out, settings)
         names = ("tomograms", "slices", "seconds", "counts")
         return {"out": self.out, **{name: run[name] for name in names}}, bool(run["counts"]["failures"])
 
@@ -321,7 +329,10 @@ def main(verb: str | None = None) -> int:
     """Run the command line, or only `verb`'s part of it; returns the exit code."""
     arguments = sys.argv[1:] if verb is None else [verb, *sys.argv[1:]]
     try:
-        result, code = parse(arguments).run()
+        asked = parse(arguments)
+        # Ray, too, prints to stdout, which is for the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            result, code = asked.run()
     except MotorRayError as error:
         print(f"motor-ray: {error}", file=sys.stderr)
         return 2

@@ -46,7 +46,7 @@ class FrameSettings(Settings):
     mode: Literal["fit", "spacing"] = "fit"
     """'fit': the longest edge becomes `size`; 'spacing': resample, in as few frames as it takes."""
 
-    size: int = Field(720, ge=64, le=4096, multiple_of=32)
+    size: int = Field(720, ge=64, le=4096, multiple_of=16)
     """Edge of a frame in pixels."""
 
     spacing_angstrom: float = Field(16.0, gt=0)

@@ -7,9 +7,17 @@ import json
 import os
 from typing import Any
 
+import botocore.exceptions
 import fsspec
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from motor_ray.errors import StorageError
+
+IO_ERRORS = (OSError, botocore.exceptions.BotoCoreError)
+"""What reading or writing may raise: not all that S3 clients raise is an OSError."""
 
 
 def filesystem(uri: str, *, anonymous: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -27,7 +35,7 @@ def filesystem(uri: str, *, anonymous: bool = False) -> tuple[fsspec.AbstractFil
 
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` below it: ``join("s3://b/a/", "c.json")`` is ``"s3://b/a/c.json"``."""
-    return "/".join([uri.rstrip("/") or "/", *parts])
+    return "/".join([uri.rstrip("/"), *parts])
 
 
 def exists(uri: str) -> bool:
@@ -54,21 +62,21 @@ def read_bytes(uri: str, *, anonymous: bool = False) -> bytes:
     files, path = filesystem(uri, anonymous=anonymous)
     try:
         return bytes(files.cat_file(path))
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the file `uri` so that a reader sees either all of `data` or what was there before."""
     files, path = filesystem(uri)
-    local = isinstance(files, fsspec.implementations.local.LocalFileSystem)
+    local = isinstance(files, LocalFileSystem)
     try:
         files.makedirs(files._parent(path), exist_ok=True)
         # An object store publishes an object whole; on disk a rename does the same.
         files.pipe_file(f"{path}.partial" if local else path, data)
         if local:
             os.replace(f"{path}.partial", path)
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{uri}: cannot be written ({reason(error)})") from None
 
 
@@ -85,6 +93,32 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def reason(error: OSError) -> str:
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """`uri` as pyarrow and Ray want it: a pyarrow file system, and a path on it."""
+    files, path = filesystem(uri)
+    if isinstance(files, LocalFileSystem):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(files)), path
+
+
+def write_table(table: pa.Table, uri: str) -> None:
+    """Write a small table to the parquet file `uri`, whole or not at all."""
+    data = pa.BufferOutputStream()
+    pq.write_table(table, data)
+    write_bytes(uri, data.getvalue().to_pybytes())
+
+
+def read_table(uri: str) -> pa.Table:
+    """The table in the parquet file, or the folder of parquet files, `uri`. Raises StorageError if there is none."""
+    files, path = arrow_filesystem(uri)
+    try:
+        return pq.read_table(path, filesystem=files)
+    except IO_ERRORS as error:
+        raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{uri}: is not parquet ({error})") from None
+
+
+def reason(error: Exception) -> str:
     """What went wrong, without the path that the caller names anyway."""
-    return error.strerror or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -17,7 +17,7 @@ RIBOSOMES_PER_CUBIC_ANGSTROM = 7e-8
 """Some 70,000 in a cubic micrometre of cytoplasm."""
 
 RIBOSOME_RADIUS_ANGSTROM = 95.0
-NUCLEOID = 0.55
+NUCLEOID = 0.45
 """The part of a cell's radius that the nucleoid fills; few ribosomes go there."""
 
 CROWDING_SPACING_ANGSTROM = 16.0
@@ -113,9 +113,7 @@ def draw_specimen(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> N
     for ball in layout.granules:
         _draw_ball(canvas, ball, lambda height: 0.9 * _inside(height, 20.0))
     for ball in layout.vesicles:
-        _draw_ball(
-            canvas, ball, lambda height: 0.08 * _inside(height, 20.0) + _membrane(height, canvas.spacing_angstrom)
-        )
+        _draw_ball(canvas, ball, lambda height: 0.08 * _inside(height, 20.0) + _membrane(height, spacing))
     for ball in layout.crystals:
         _draw_crystal(canvas, ball, rng)
     for site in layout.motors:
@@ -193,7 +191,7 @@ def _envelope(cell: Cell, spacing_angstrom: float) -> tuple[Density, Density, De
     nucleoid = _inside(levels + (1 - NUCLEOID) * cell.radius_angstrom, 150.0)
     wall = np.exp(-0.5 * ((levels + 0.45 * cell.periplasm_angstrom) / 30.0) ** 2)
     smooth = _membrane(inner, spacing_angstrom) + 0.25 * wall + 0.25 * cytoplasm + 0.08 * inside
-    rough = (0.45 - 0.15 * nucleoid) * cytoplasm + 0.12 * inside
+    rough = (0.5 - 0.15 * nucleoid) * cytoplasm + 0.12 * inside
     outer = 1.25 * _membrane(levels, spacing_angstrom)
     return levels.astype(np.float32), smooth.astype(np.float32), rough.astype(np.float32), outer.astype(np.float32)
 
@@ -210,7 +208,7 @@ def _draw_ribosomes(canvas: Canvas, cell: Cell, rng: np.random.Generator) -> Non
     points = (rng.uniform(0.0, 1.0, (number, 3)) * shape - canvas.pad) * canvas.spacing_angstrom
     height = cell.height(*points.T)
     in_nucleoid = height < -(1 - NUCLEOID) * cell.radius_angstrom
-    chance = np.where(in_nucleoid, 0.15, 1.0)
+    chance = np.where(in_nucleoid, 0.3, 1.0)
     keep = (height < -cell.periplasm_angstrom - 150.0) & (rng.uniform(size=number) < chance)
     radius = RIBOSOME_RADIUS_ANGSTROM
     _stamp(canvas, points[keep], radius + 40.0, lambda distance: 0.9 * _inside(distance - radius, 35.0))

@@ -17,7 +17,7 @@ from motor_ray.archive.jpeg_stack import IMAGE_SUFFIXES, escape_pattern, read_im
 from motor_ray.archive.mrc import read_header
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError, MotorRayError, SliceCorruptError, StorageError
-from motor_ray.storage import filesystem, reason
+from motor_ray.storage import IO_ERRORS, filesystem, reason
 
 MRC_SUFFIXES = (".mrc", ".rec", ".map")
 COMPRESSED_SUFFIXES = tuple(suffix + packed for suffix in MRC_SUFFIXES for packed in (".gz", ".bz2"))
@@ -67,7 +67,7 @@ def discover(archive_uri: str, settings: ArchiveSettings) -> Iterator[Found]:
         is_file = files.info(root)["type"] == "file"
     except FileNotFoundError:
         raise ManifestError(f"{archive_uri}: there is nothing here; check the path") from None
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{archive_uri}: cannot be looked at ({reason(error)})") from None
     if is_file:
         yield _look_at_file(files, root, settings)
@@ -183,7 +183,7 @@ def _entries(files: fsspec.AbstractFileSystem, folder: str) -> Iterator[tuple[st
     """Path, and whether it is a folder, of everything in `folder`."""
     try:
         entries = files.ls(folder, detail=True)
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{_uri(files, folder)}: cannot be listed ({reason(error)})") from None
     files.invalidate_cache(folder)  # s3fs would keep the listings of a million objects
     for entry in entries:

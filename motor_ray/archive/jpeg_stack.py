@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 
 from motor_ray.errors import ManifestError, SliceCorruptError, SliceMissingError, StorageError
-from motor_ray.storage import filesystem, reason
+from motor_ray.storage import IO_ERRORS, filesystem, reason
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -67,7 +67,7 @@ class JpegStack:
             raise SliceMissingError(
                 f"{uri}: slice {z} of {self.shape[0]} is not there; restore the file, or renumber the stack from 0"
             ) from None
-        except OSError as error:
+        except IO_ERRORS as error:
             raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
         return decode_image(data, uri, self.shape[1:])
 
@@ -108,12 +108,22 @@ def read_image_size(files: fsspec.AbstractFileSystem, path: str, uri: str) -> tu
     Raises SliceCorruptError if it is not a JPEG or PNG image, StorageError if it cannot be read.
     """
     try:
-        data = files.cat_file(path, start=0, end=HEADER_BYTES)
+        data = _first_bytes(files, path)
         if data.startswith(_JPEG) and len(data) == HEADER_BYTES and _jpeg_header(data) is None:
             data = files.cat_file(path)
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
     return image_size(data, uri)
+
+
+def _first_bytes(files: fsspec.AbstractFileSystem, path: str) -> bytes:
+    try:
+        return bytes(files.cat_file(path, start=0, end=HEADER_BYTES))
+    except IO_ERRORS:
+        # Object stores refuse a range of an empty file.
+        if files.info(path)["size"] == 0:
+            return b""
+        raise
 
 
 def stack_pattern(names: Iterable[str], folder: str) -> tuple[str, list[int]]:

@@ -44,16 +44,22 @@ class Labels:
     motors: pd.DataFrame
     """One row per motor: tomo_id, z, y, x in voxels."""
 
+    def spacing_of(self, tomo_id: str) -> float:
+        """The tomogram's voxel spacing in angstrom. Raises LabelsError for one that the labels do not mention."""
+        known = self.tomograms.loc[self.tomograms["tomo_id"] == tomo_id, "voxel_spacing_angstrom"]
+        if known.empty:
+            raise LabelsError(
+                f"{tomo_id}: is not among the {len(self.tomograms)} tomograms of the labels; "
+                "leave it out, or give it a row of -1 if it holds no motor"
+            )
+        return float(known.iloc[0])
+
     def motors_of(self, tomo_id: str) -> np.ndarray:
         """`(n, 3)` float64 positions z, y, x in voxels, `(0, 3)` for a tomogram without a motor.
 
         Raises LabelsError for a tomogram that the labels do not mention: nothing is known about it.
         """
-        if tomo_id not in set(self.tomograms["tomo_id"]):
-            raise LabelsError(
-                f"{tomo_id}: is not among the {len(self.tomograms)} tomograms of the labels; "
-                "leave it out, or give it a row of -1 if it holds no motor"
-            )
+        self.spacing_of(tomo_id)
         return self.motors.loc[self.motors["tomo_id"] == tomo_id, ["z", "y", "x"]].to_numpy(np.float64)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import SliceCorruptError, SliceMissingError, StorageError, TomogramError
-from motor_ray.storage import filesystem, reason
+from motor_ray.storage import IO_ERRORS, filesystem, reason
 
 HEADER_BYTES = 1024
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -91,7 +91,7 @@ class MrcTomogram:
             data = self._files.cat_file(self._path, start=start, end=end)
         except FileNotFoundError:
             raise SliceMissingError(f"{self.uri}: is not there any more; restore it") from None
-        except OSError as error:
+        except IO_ERRORS as error:
             raise StorageError(f"{self.uri}: slice {z} cannot be read ({reason(error)})") from None
         if len(data) < header.slice_bytes:
             raise SliceCorruptError(f"{self.uri}: became shorter while it was read, at slice {z}; leave it in peace")
@@ -119,11 +119,12 @@ def read_header(uri: str, settings: ArchiveSettings) -> MrcHeader:
     """
     files, path = filesystem(uri, anonymous=settings.anonymous)
     try:
-        data = files.cat_file(path, start=0, end=HEADER_BYTES)
         file_bytes = int(files.info(path)["size"])
+        # Object stores refuse a range of an empty file.
+        data = files.cat_file(path, start=0, end=HEADER_BYTES) if file_bytes else b""
     except FileNotFoundError:
         raise TomogramError(f"{uri}: there is no such file; make the manifest again") from None
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
     return parse_header(data, file_bytes, uri, settings.voxel_spacing_angstrom)
 
@@ -186,7 +187,7 @@ def _bytes_are_signed(uri: str, header: MrcHeader, settings: ArchiveSettings) ->
     starts = [start for start in starts if start + n <= header.file_bytes]
     try:
         samples = files.cat_ranges([path] * len(starts), starts, [start + n for start in starts], on_error="raise")
-    except OSError as error:
+    except IO_ERRORS as error:
         raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
     return bytes_look_signed(np.frombuffer(b"".join(samples), np.uint8))
 

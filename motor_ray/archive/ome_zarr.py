@@ -15,7 +15,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import SliceCorruptError, SliceMissingError, StorageError, TomogramError
-from motor_ray.storage import filesystem, reason
+from motor_ray.storage import IO_ERRORS, filesystem, reason
 
 ANGSTROM = {"angstrom": 1.0, "nanometer": 10.0, "micrometer": 1e4}
 """Length of the units that volumes of this kind are written in."""
@@ -49,7 +49,7 @@ class OmeZarrTomogram:
             raise SliceMissingError(f"{self.uri}: there is no slice {wrong}; the slices are 0 to {self.shape[0] - 1}")
         try:
             block = self._array[(*self._first, slice(low, high + 1))]
-        except OSError as error:
+        except IO_ERRORS as error:
             raise StorageError(f"{self.uri}: cannot be read ({reason(error)})") from None
         except Exception as error:  # each codec has exceptions of its own
             which = f"slice {low}" if low == high else f"slices {low} to {high}"

@@ -165,7 +165,7 @@ def _check(shape: Shape, voxel_spacing_angstrom: float | None, n_motors: int | N
     if len(shape) != 3 or min(shape) < 8:
         raise TomogramError(f"a tomogram of {shape} voxels cannot be simulated; give z, y, x of 8 or more each")
     if voxel_spacing_angstrom is not None and not 0 < voxel_spacing_angstrom < np.inf:
-        raise TomogramError(f"a voxel spacing of {voxel_spacing_angstrom:g} angstrom cannot be simulated; it is above 0")
+        raise TomogramError(f"a spacing of {voxel_spacing_angstrom:g} angstrom cannot be simulated; give one above 0")
     if n_motors is not None and n_motors < 0:
         raise TomogramError(f"{n_motors} motors cannot be simulated; ask for 0 or more")
 

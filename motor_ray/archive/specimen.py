@@ -243,7 +243,7 @@ def _random_cell(extent: Floats, radius: float, *, central: bool, rng: np.random
         end=centre + half * axis,
         radius_angstrom=radius,
         periplasm_angstrom=float(rng.uniform(260.0, 340.0)),
-        waves=_waves(((0.05 * radius, 2.2 * radius), (25.0, 900.0)), rng),
+        waves=_waves(((0.05 * radius, 2.2 * radius), (14.0, 900.0)), rng),
         bulges=_waves(((18.0, 900.0), (5.0, 400.0)), rng),
     )
 

@@ -3,30 +3,16 @@
 Both see the same frames in turn, so that whatever else the machine does slows both; what counts is the ratio.
 """
 
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
-import cv2
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import nn
 
-from motor_ray.archive.jpeg_stack import decode_image
-from motor_ray.config import LossSettings, ModelSettings, PreprocessSettings, RunSettings, TargetSettings
+from motor_ray.config import ModelSettings
 from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.inference import prepare
-from motor_ray.detector.losses import detection_loss
-from motor_ray.detector.model import Detector, Prediction, build_model, standardise
-from motor_ray.slices.frame import frames_of
-from motor_ray.slices.preprocess import make_frames
-from motor_ray.slices.targets import Targets, draw_targets
+from motor_ray.detector.model import Prediction, standardise
 
 JPEG_SHAPE = (960, 928)
 """The commonest slice of the public data, in pixels."""

@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 import ray
-
-from motor_ray.storage import filesystem
+import ray.data  # sets up the logger that is quietened below
 
 LOCAL_SLOTS = 6
 """CPU slots of a Ray on this machine, at least: reading, scoring, training and writing must each get one, or a laptop
 with two cores would wait for ever. The operating system shares the cores."""
+
+QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray logs an error for every actor of Ray Data (ray issue 53727)
+    "RAY_worker_maximum_startup_concurrency": str(LOCAL_SLOTS),  # or Ray warns that there are more slots than cores
+}
+"""What keeps a local Ray from writing between the lines of our own progress."""
 
 
 @contextmanager
@@ -23,9 +25,12 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _hush_ray_data()
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", logging_level=logging.WARNING)
     else:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         ray.init(
             address="local",
             num_cpus=max(LOCAL_SLOTS, cores()),
@@ -49,19 +54,9 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
-def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """`uri` as Ray Data wants it: a pyarrow file system, and a path on it."""
-    files, path = filesystem(uri)
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(files)), path
-
-
-def write_table(table: pa.Table, uri: str) -> None:
-    """Write a small table to the parquet file `uri`."""
-    files, path = arrow_filesystem(uri)
-    pq.write_table(table, path, filesystem=files)
-
-
-def read_table(uri: str) -> pa.Table:
-    """A small table from the parquet file `uri`."""
-    files, path = arrow_filesystem(uri)
-    return pq.read_table(path, filesystem=files)
+def _hush_ray_data() -> None:
+    """Leave the terminal to our own progress; Ray Data's log file keeps everything."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)

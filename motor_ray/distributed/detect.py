@@ -21,12 +21,12 @@ from motor_ray import __version__
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import RunSettings, settings_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
-from motor_ray.distributed.cluster import arrow_filesystem, connected, cores, gpus, write_table
+from motor_ray.distributed.cluster import connected, cores, gpus
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.stages import LoadSlab, ScoreFrames
 from motor_ray.errors import RunError
 from motor_ray.motors.link import failures_of, link_slabs
-from motor_ray.storage import exists, join, read_json, remove, write_json
+from motor_ray.storage import arrow_filesystem, exists, join, read_json, remove, write_json, write_table
 
 LINK_SLICES = 1_000_000
 """Slices whose detections are linked at a time: about a hundred megabytes."""
@@ -37,12 +37,13 @@ COMPILE_PAYS_AFTER = 1500
 SLABS_PER_FILE = 64
 
 
-def detect(manifest: pa.Table, model: str, out: str, settings: RunSettings) -> dict[str, Any]:
-    """Look for motors in every slice of every tomogram of `manifest`; returns what run.json says.
+def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, settings: RunSettings) -> dict[str, Any]:
+    """Look for motors in every slice of every tomogram of the MANIFEST; returns what run.json says.
 
     `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`.
     Under `out` (a path or URI) appear plan.parquet, slabs/, motors.parquet, failures.parquet and run.json. A finished
     run with the same settings, model and manifest is returned as it is; an `out` with another is refused (RunError).
+    `unusable` are FAILURES that came to light before, of tomograms that are not in `manifest`.
     """
     checkpoint = load_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)
@@ -56,7 +57,7 @@ def detect(manifest: pa.Table, model: str, out: str, settings: RunSettings) -> d
     remove(join(out, "slabs"))
     with connected():
         score_slabs(out, plan, model, settings)
-    counts = gather(out, manifest, plan, settings)
+    counts = gather(out, manifest, plan, settings, unusable)
     result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
     write_json(join(out, "run.json"), result)
     return result
@@ -126,7 +127,9 @@ def loaders_for(settings: RunSettings, scorers: int) -> int:
     return max(1, min(free, 16 * scorers) if gpus() else 1)
 
 
-def scorer_arguments(slices: int, scorers: int, model: str, settings: RunSettings, board: Board) -> dict[str, Any]:
+def scorer_arguments(
+    slices: int, scorers: int, model: str, settings: RunSettings, board: Board | None
+) -> dict[str, Any]:
     """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
     work = slices / scorers * (settings.frame.size / 720) ** 2
     return {
@@ -134,18 +137,18 @@ def scorer_arguments(slices: int, scorers: int, model: str, settings: RunSetting
         "model": model,
         "threads": max(cores() // scorers, 1),
         "compiled": {"on": True, "off": False, "auto": work >= COMPILE_PAYS_AFTER}[settings.detect.compile],
-        "count": board.add,
+        "count": board.add if board else None,
     }
 
 
-def gather(out: str, manifest: pa.Table, plan: pa.Table, settings: RunSettings) -> dict[str, int]:
+def gather(out: str, manifest: pa.Table, plan: pa.Table, settings: RunSettings, unusable: pa.Table) -> dict[str, int]:
     """Second pass, over small tables only: link slabs/ into motors.parquet and failures.parquet; returns the counts.
 
     Raises RunError if the slices that were looked at are not those that were planned.
     """
     files, folder = arrow_filesystem(join(out, "slabs"))
     slabs = pyarrow.dataset.dataset(folder, filesystem=files, format="parquet")
-    motors, failures = [], []
+    motors, failures = [], [unusable]
     counts = {"planned": sum(map(len, plan["zs"].to_pylist())), "ok": 0, "missing": 0, "corrupt": 0}
     for tomograms in _by_slices(manifest):
         some = slabs.to_table(filter=pyarrow.dataset.field("tomo_id").isin(tomograms["tomo_id"]))

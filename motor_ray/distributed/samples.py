@@ -21,8 +21,8 @@ from motor_ray.config import RunSettings
 from motor_ray.errors import LabelsError
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
-from motor_ray.slices.targets import Targets, draw_targets, motors_on_slice
-from motor_ray.tables import FAILURES, PLAN
+from motor_ray.slices.targets import Targets, boxes_on_frame, draw_targets
+from motor_ray.tables import PLAN
 
 CLEARANCE_ANGSTROM = 500.0
 """A slice this far from every motor along z shows none of one; slices between reach and clearance are left out."""
@@ -148,15 +148,12 @@ class FrameStore:
         placement = frames_of((row["size_y"], row["size_x"]), spacing, settings.frame)
         pixels = np.frombuffer(row["frames"], np.uint8).reshape(-1, len(placement), size, size)
         images = pixels[np.reshape(row["channels"], in_slices)]  # (in_slices, tiles, y, x)
-        motors = motors_on_slice(
-            labels.motors_of(row["tomo_id"]), entry["z"], settings.targets.reach_angstrom / spacing
-        )
+        motors, targets = labels.motors_of(row["tomo_id"]), settings.targets
         for tile, frame in enumerate(placement):
-            centres = frame.to_frame(motors)
-            centres = centres[((centres >= 0) & (centres < size)).all(axis=1)]
             file.write(np.ascontiguousarray(images[:, tile]).tobytes())
             self.ids.append(f"{row['slab_id']}/{tile}")
-            self._boxes.append(np.pad(centres, ((0, 0), (0, 2)), constant_values=settings.targets.box_pixels))
+            reach = targets.reach_angstrom / spacing
+            self._boxes.append(boxes_on_frame(motors, entry["z"], reach, frame, targets.box_pixels))
 
 
 def batches(

@@ -30,14 +30,24 @@ from motor_ray.config import HEATMAP_STRIDE, RunSettings, settings_from, setting
 from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend, pick_device
 from motor_ray.detector.model import Detector, build_model
-from motor_ray.distributed.cluster import arrow_filesystem, connected, gpus, read_table, write_table
+from motor_ray.distributed.cluster import connected, gpus
 from motor_ray.distributed.learner import Learner
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.samples import FrameStore, batches, pad_to_multiple, sample_plan, with_labelled_spacing
 from motor_ray.distributed.stages import LoadSlab
 from motor_ray.errors import LabelsError, RunError
 from motor_ray.motors.slice_metrics import slice_scores
-from motor_ray.storage import exists, join, read_bytes, read_json, write_bytes, write_json
+from motor_ray.storage import (
+    arrow_filesystem,
+    exists,
+    join,
+    read_bytes,
+    read_json,
+    read_table,
+    write_bytes,
+    write_json,
+    write_table,
+)
 from motor_ray.tables import FAILURES
 
 SCORE = "mAP@0.5"

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from motor_ray.config import HEATMAP_STRIDE, TargetSettings
+from motor_ray.slices.frame import Frame
 
 
 class Targets(NamedTuple):
@@ -24,7 +25,7 @@ class Targets(NamedTuple):
     """``(2, h, w)`` height and width of the box, at centres; 0 elsewhere."""
 
     offset: torch.Tensor
-    """``(2, h, w)`` y and x in [0, 1) from the cell to the centre, at centres; 0 elsewhere."""
+    """``(2, h, w)`` y and x from the cell to the centre, 0 to 1, at centres; 0 elsewhere."""
 
     mask: torch.Tensor
     """``(1, h, w)`` 1 at centres, 0 elsewhere."""
@@ -33,9 +34,17 @@ class Targets(NamedTuple):
     """``()`` 1 if there is any box, else 0."""
 
 
-def motors_on_slice(motors: NDArray[np.float64], z: int, reach_voxels: float) -> NDArray[np.float64]:
-    """The (y, x) of those motors ``(n, 3)`` (z, y, x in voxels) whose centre lies within reach of slice `z`."""
-    return np.asarray(motors[np.abs(motors[:, 0] - z) <= reach_voxels, 1:])
+def boxes_on_frame(
+    motors: NDArray[np.float64], z: int, reach_voxels: float, frame: Frame, box_pixels: float
+) -> NDArray[np.float64]:
+    """The ``(n, 4)`` boxes (centre y, x, height, width in frame pixels) of the motors that `frame` shows of slice `z`.
+
+    `motors` are ``(m, 3)`` z, y, x in voxels; a motor shows within `reach_voxels` of its centre along z.
+    """
+    near = motors[np.abs(motors[:, 0] - z) <= reach_voxels, 1:]
+    centres = frame.to_frame(near)
+    centres = centres[((centres >= 0) & (centres < frame.size)).all(axis=1)]
+    return np.pad(centres, ((0, 0), (0, 2)), constant_values=box_pixels)
 
 
 def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings) -> Targets:

@@ -136,6 +136,27 @@ def test_the_size_is_taken_from_another_slice_if_the_first_is_damaged(tmp_path: 
     ]
 
 
+def test_empty_files_are_told_from_a_failing_storage_where_their_ranges_are_refused(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fsspec.filesystem("memory")
+    original = type(files).cat_file
+
+    def refuse(self: Any, path: str, start: int | None = None, end: int | None = None) -> Any:
+        if start is not None and files.size(path) == 0:
+            raise OSError(22, "The requested range is not satisfiable")
+        return original(self, path, start, end)
+
+    monkeypatch.setattr(type(files), "cat_file", refuse)
+    for name, data in (("a/0.jpg", b""), ("a/1.jpg", PICTURE), ("b.mrc", b""), ("c/0.jpg", b"")):
+        files.pipe_file(f"{memory}/{name}", data)
+    table, failures = find_tomograms(memory, SETTINGS)
+    assert table.select(["tomo_id", "size_y", "size_x"]).to_pylist() == [{"tomo_id": "a", "size_y": 20, "size_x": 30}]
+    assert ids(failures) == ["b", "c"]
+    assert "holds 0 bytes, expected an MRC header" in failures["error"][0].as_py()
+    assert "0.jpg: is empty; copy the file again" in failures["error"][1].as_py()
+
+
 def test_two_tomograms_of_one_name_are_refused_naming_both(archive: Path) -> None:
     write_mrc(archive / "volumes" / "tomo_a.mrc")
     with pytest.raises(ManifestError, match=r"two tomograms are called tomo_a: \S+ and \S+; rename") as raised:

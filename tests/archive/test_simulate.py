@@ -1,4 +1,5 @@
 import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from motor_ray.archive.simulate import (
     tomogram_names,
 )
 from motor_ray.archive.specimen import CLOSEST_MOTORS_ANGSTROM, Cell, Layout, Site, place_cells_and_motors
+from motor_ray.archive.volumes import Format
 from motor_ray.errors import StorageError, TomogramError
 
 SMALL = (24, 96, 96)
@@ -76,7 +78,7 @@ def test_motors_that_find_no_room_are_refused_with_the_remedy() -> None:
 def test_a_tomogram_that_cannot_be_is_refused() -> None:
     with pytest.raises(TomogramError, match="8 or more each"):
         simulate_tomogram(0, (1, 320, 320))
-    with pytest.raises(TomogramError, match="voxel spacing of 0 angstrom"):
+    with pytest.raises(TomogramError, match="spacing of 0 angstrom"):
         simulate_tomogram(0, SMALL, voxel_spacing_angstrom=0.0)
     with pytest.raises(TomogramError, match="-1 motors"):
         simulate_tomogram(0, SMALL, n_motors=-1)
@@ -224,8 +226,9 @@ def test_the_labels_on_disk_are_the_ones_returned_and_every_slice_is_there(tmp_p
 
 
 def test_every_format_holds_the_same_voxels_and_their_spacing(tmp_path: Path) -> None:
-    for format in ("jpeg", "mrc", "zarr"):
-        simulate_archive(str(tmp_path / format), 1, 2, SMALL, format, motor_counts=[1], processes=1)  # type: ignore[arg-type]
+    formats: tuple[Format, ...] = ("jpeg", "mrc", "zarr")
+    for format in formats:
+        simulate_archive(str(tmp_path / format), 1, 2, SMALL, format, motor_counts=[1], processes=1)
     name = tomogram_names(1, 2)[0]
     expected = simulate_tomogram(int(name[5:], 16), SMALL, n_motors=1)
     with mrcfile.open(tmp_path / "mrc" / "train" / f"{name}.mrc") as file:
@@ -233,8 +236,9 @@ def test_every_format_holds_the_same_voxels_and_their_spacing(tmp_path: Path) ->
         assert file.voxel_size.x == pytest.approx(expected.voxel_spacing_angstrom)
     group = zarr.open_group(tmp_path / "zarr" / "train" / f"{name}.zarr", mode="r")
     np.testing.assert_array_equal(np.asarray(group["0"]), expected.volume)
-    levels = group.attrs["multiscales"][0]["datasets"]  # type: ignore[index, call-overload]
-    assert levels[0]["coordinateTransformations"][0]["scale"] == [expected.voxel_spacing_angstrom] * 3  # type: ignore[index, call-overload]
+    attributes = json.loads((tmp_path / "zarr" / "train" / f"{name}.zarr" / ".zattrs").read_text())
+    levels = attributes["multiscales"][0]["datasets"]
+    assert levels[0]["coordinateTransformations"][0]["scale"] == [expected.voxel_spacing_angstrom] * 3
     jpeg = cv2.imread(str(tmp_path / "jpeg" / "train" / name / "slice_0011.jpg"), cv2.IMREAD_UNCHANGED)
     assert jpeg is not None
     assert np.abs(jpeg.astype(int) - expected.volume[11]).mean() < 6.0

@@ -1,0 +1,119 @@
+"""The pipeline on a real Ray; what its stages do is tested without."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from motor_ray import storage
+from motor_ray.archive.manifest import find_tomograms, make_manifest
+from motor_ray.archive.plan import make_plan
+from motor_ray.config import settings_from
+from motor_ray.distributed.detect import detect, gather, loaders_for, scorer_arguments, settings_of_model, table_hash
+from motor_ray.distributed.stages import LoadSlab, ScoreFrames
+from motor_ray.errors import CheckpointError, RunError
+from motor_ray.tables import FAILURES, MOTORS, PLAN
+
+NONE = FAILURES.empty_table()
+
+
+def in_order(table):
+    return sorted(table.to_pylist(), key=lambda row: row["slab_id"])
+
+
+@pytest.mark.ray
+def test_a_run_on_ray_writes_what_its_stages_say_row_for_row(ray_here, archive, settings, checkpoint, tmp_path):
+    manifest = make_manifest(archive.uri, settings.archive)
+    run = detect(manifest, NONE, checkpoint, str(tmp_path / "run"), settings)
+    plan = storage.read_table(str(tmp_path / "run" / "plan.parquet"))
+    slabs = storage.read_table(str(tmp_path / "run" / "slabs"))
+    expected = ScoreFrames(settings, checkpoint, threads=2)(LoadSlab(settings)(plan))
+    assert plan.schema == PLAN
+    found, wanted = in_order(slabs), in_order(expected)
+    assert [row["slab_id"] for row in found] == [row["slab_id"] for row in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        for seen, true in zip(one["slices"], other["slices"], strict=True):
+            assert seen["presence"] == pytest.approx(true["presence"], abs=1e-2)
+            assert len(seen["detections"]) == pytest.approx(len(true["detections"]), abs=2)
+    assert run["counts"] | {"motors": 0} == {
+        "planned": 240, "ok": 240, "missing": 0, "corrupt": 0, "failures": 0, "motors": 0
+    }  # fmt: skip
+    assert storage.read_table(str(tmp_path / "run" / "motors.parquet")).schema == MOTORS
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.ray
+def test_damaged_slices_are_counted_and_listed_and_the_rest_is_looked_at(
+    ray_here, damaged, settings, checkpoint, tmp_path
+):
+    (Path(damaged) / "torn.mrc").write_bytes(b"\0" * 100)
+    tomograms = find_tomograms(damaged, settings.archive)
+    run = detect(*tomograms, checkpoint, str(tmp_path / "run"), settings)
+    assert {name: run["counts"][name] for name in ("planned", "ok", "missing", "corrupt", "failures")} == {
+        "planned": 60, "ok": 58, "missing": 1, "corrupt": 1, "failures": 3
+    }  # fmt: skip
+    failures = storage.read_table(str(tmp_path / "run" / "failures.parquet")).to_pylist()
+    assert {(row["tomo_id"], row["z"]) for row in failures} >= {("torn", None)}
+    assert {row["z"] for row in failures} == {None, 3, 4}
+    assert all(row["error"] for row in failures)
+
+
+@pytest.mark.ray
+def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(
+    ray_here, damaged, settings, checkpoint, tmp_path
+):
+    out = str(tmp_path / "run")
+    manifest = make_manifest(damaged, settings.archive)
+    first = detect(manifest, NONE, checkpoint, out, settings)
+    written = (tmp_path / "run" / "motors.parquet").stat().st_mtime_ns
+    assert detect(manifest, NONE, checkpoint, out, settings) == first
+    assert (tmp_path / "run" / "motors.parquet").stat().st_mtime_ns == written
+    stricter = settings_from(settings.model_dump() | {"detect": {"score_threshold": 0.9}})
+    with pytest.raises(RunError, match="another settings_hash; give --out another folder"):
+        detect(manifest, NONE, checkpoint, out, stricter)
+    with pytest.raises(RunError, match="another manifest_hash"):
+        detect(manifest.slice(1), NONE, checkpoint, out, settings)
+
+
+def test_nothing_is_written_before_the_model_is_known_to_be_one(settings, tmp_path, archive):
+    manifest = make_manifest(archive.uri, settings.archive)
+    with pytest.raises(CheckpointError):
+        detect(manifest, NONE, str(tmp_path / "no-model"), str(tmp_path / "run"), settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lost_or_doubled_slabs_are_noticed(archive, settings, checkpoint, tmp_path):
+    manifest = make_manifest(archive.uri, settings.archive).slice(0, 2)
+    plan = make_plan(manifest, 6)
+    slabs = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan))
+    for name, some in {"lost": slabs.slice(1), "doubled": slabs.take([0, *range(len(slabs))])}.items():
+        storage.write_table(some, str(tmp_path / name / "slabs" / "0.parquet"))
+        with pytest.raises(RunError, match="lost or doubled"):
+            gather(str(tmp_path / name), manifest, plan, settings, NONE)
+
+
+def test_a_model_keeps_the_frames_it_was_trained_on_and_takes_how_to_detect_from_the_run(settings):
+    asked = settings_from({"detect": {"score_threshold": 0.7}, "frame": {"size": 512}})
+    used = settings_of_model(settings, asked)
+    assert (used.frame, used.detect) == (settings.frame, asked.detect)
+
+
+def test_compilation_is_chosen_only_when_the_archive_pays_for_it(settings):
+    def compiled(slices: int, scorers: int, frame: int) -> bool:
+        sized = settings_from(settings.model_dump() | {"frame": {"size": frame}})
+        return bool(scorer_arguments(slices, scorers, "model", sized, None)["compiled"])
+
+    assert compiled(100_000, 1, 720)
+    assert not compiled(100, 1, 720)
+    assert not compiled(10_000, 100, 720)
+    assert not compiled(10_000, 1, 96)
+
+
+def test_asked_for_loaders_are_given(settings):
+    assert loaders_for(settings_from({"detect": {"loaders": 7}}), 1) == 7
+
+
+def test_a_tables_hash_follows_its_rows_only(archive, settings):
+    manifest = make_manifest(archive.uri, settings.archive)
+    assert table_hash(manifest) == table_hash(manifest.replace_schema_metadata({"made": "today"}))
+    assert table_hash(manifest) != table_hash(manifest.slice(1))

@@ -1,0 +1,107 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from motor_ray.archive.manifest import make_manifest
+from motor_ray.archive.plan import make_plan
+from motor_ray.config import settings_from
+from motor_ray.distributed.stages import FRAMES, LoadSlab, ScoreFrames, merge_tiles, with_neighbours
+from motor_ray.slices.frame import frames_of
+from motor_ray.tables import SLABS
+
+
+def changed(settings, **groups):
+    values = settings.model_dump(mode="json")
+    return settings_from({name: group | groups.get(name, {}) for name, group in values.items()})
+
+
+@pytest.fixture(scope="module")
+def plan(archive, settings):
+    return make_plan(make_manifest(archive.uri, settings.archive), settings.detect.slab_slices).slice(0, 3)
+
+
+def test_rows_keep_their_ids_and_types_from_plan_to_slabs(plan, settings, checkpoint):
+    frames = LoadSlab(settings)(plan)
+    slabs = ScoreFrames(settings, checkpoint)(frames)
+    assert (frames.schema, slabs.schema) == (FRAMES, SLABS)
+    assert frames["slab_id"] == slabs["slab_id"] == plan["slab_id"]
+    for planned, slab in zip(plan["zs"].to_pylist(), slabs["slices"].to_pylist(), strict=True):
+        assert [one["z"] for one in slab] == planned
+        assert all(one["status"] == "ok" and 0 <= one["presence"] <= 1 for one in slab)
+        assert any(one["detections"] for one in slab)
+
+
+def test_a_slab_without_any_good_slice_still_has_its_row(plan, settings, checkpoint, tmp_path):
+    nowhere = plan.set_column(2, "uri", pa.array([f"{tmp_path}/slice_{{z:04d}}.jpg"] * len(plan)))
+    slabs = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(nowhere)).to_pylist()
+    assert [slab["slab_id"] for slab in slabs] == plan["slab_id"].to_pylist()
+    slices = [one for slab in slabs for one in slab["slices"]]
+    assert {one["status"] for one in slices} == {"missing"}
+    assert all(one["error"] and one["detections"] == [] and one["presence"] is None for one in slices)
+
+
+def test_missing_and_corrupt_slices_have_a_status_and_the_others_their_own_detections(damaged, settings, checkpoint):
+    plan = make_plan(make_manifest(damaged, settings.archive), 6).slice(0, 1)
+    [slab] = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan)).to_pylist()
+    status = {one["z"]: one["status"] for one in slab["slices"]}
+    assert status == {0: "ok", 1: "ok", 2: "ok", 3: "missing", 4: "corrupt", 5: "ok"}
+    alone = plan.set_column(plan.schema.get_field_index("zs"), "zs", pa.array([[5]], pa.list_(pa.int32())))
+    [lone] = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(alone)).to_pylist()
+    assert lone["slices"][0]["detections"] == slab["slices"][5]["detections"]
+
+
+def test_an_unreadable_tomogram_is_a_status_of_each_of_its_slices(settings, tmp_path):
+    (tmp_path / "broken.mrc").write_bytes(b"not a tomogram")
+    row = {"slab_id": "a", "tomo_id": "a", "uri": str(tmp_path / "broken.mrc"), "format": "mrc", "zs": [0, 1]}
+    loaded = LoadSlab(settings).load(row | {"size_z": 2, "size_y": 9, "size_x": 9, "voxel_spacing_angstrom": None})
+    assert [entry["status"] for entry in loaded["loaded"]] == ["corrupt", "corrupt"]
+    assert "broken.mrc" in loaded["loaded"][0]["error"]
+
+
+def test_three_channels_are_the_slice_between_its_neighbours_also_at_the_ends(plan, settings):
+    three = changed(settings, model={"in_slices": 3, "slice_step": 2})
+    row = plan.to_pylist()[0] | {"zs": [0, 1, 2]}
+    loaded = LoadSlab(three).load(row)
+    assert with_neighbours([0, 1, 2], 20, three) == [0, 1, 2, 3, 4]
+    # frame n holds slice n here, so the places are slice numbers
+    assert np.reshape(loaded["channels"], (3, 3)).tolist() == [[0, 0, 2], [0, 1, 3], [0, 2, 4]]
+
+
+def test_a_missing_neighbour_is_replaced_by_the_slice_itself(damaged, settings):
+    three = changed(settings, model={"in_slices": 3})
+    plan = make_plan(make_manifest(damaged, settings.archive), 6)
+    loaded = LoadSlab(three).load(plan.to_pylist()[0] | {"zs": [2]})
+    assert loaded["channels"] == [0, 1, 1]
+
+
+def test_several_frames_of_a_slice_give_one_list_in_which_each_motor_stands_once(settings):
+    tiled = changed(settings, frame={"mode": "spacing", "size": 64, "spacing_angstrom": 24.0}).frame
+    placement = frames_of((96, 96), 24.0, tiled)
+    assert len(placement) == 4
+    motor = [48.0, 48.0, 20.0, 20.0]
+    tiles = [
+        (torch.from_numpy(frame.boxes_to_frame([motor])), torch.tensor([score]))
+        for frame, score in zip(placement, (0.4, 0.9, 0.5, 0.6), strict=True)
+    ]
+    [found] = merge_tiles(tiles, placement, most=5)["detections"]
+    assert found["score"] == pytest.approx(0.9)
+    np.testing.assert_allclose([found[name] for name in ("y", "x", "height", "width")], motor, atol=1e-4)
+
+
+def test_slices_seen_in_several_frames_are_scored_too(plan, settings, checkpoint):
+    tiled = changed(settings, frame={"mode": "spacing", "size": 64, "spacing_angstrom": 24.0})
+    spaced = plan.set_column(
+        plan.schema.get_field_index("voxel_spacing_angstrom"), "voxel_spacing_angstrom", pa.array([24.0] * len(plan))
+    )
+    [first, *_] = ScoreFrames(tiled, checkpoint)(LoadSlab(tiled)(spaced)).to_pylist()
+    for one in first["slices"]:
+        assert all(-1 <= found["y"] <= 97 and -1 <= found["x"] <= 97 for found in one["detections"])
+        scores = [found["score"] for found in one["detections"]]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_what_was_scored_is_counted(plan, settings, checkpoint):
+    counted: list[int] = []
+    ScoreFrames(settings, checkpoint, count=counted.append)(LoadSlab(settings)(plan))
+    assert sum(counted) == sum(map(len, plan["zs"].to_pylist()))

@@ -1,0 +1,89 @@
+"""Imports go one way, modules do nothing when imported, and only `distributed` knows Ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import motor_ray
+
+ROOT = Path(motor_ray.__file__).parent
+BASE = {"config", "errors", "tables", "storage"}
+ALLOWED = {
+    "archive": BASE,
+    "slices": BASE,
+    "detector": BASE | {"slices"},
+    "motors": BASE,
+    "distributed": BASE | {"archive", "slices", "detector", "motors", "progress"},
+    "results": BASE | {"archive", "slices", "motors"},
+    "progress": set(),
+    "config": {"errors"},
+    "storage": {"errors"},
+    "errors": set(),
+    "tables": set(),
+    "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress"},
+    "demo": BASE | {"archive", "distributed", "results", "progress"},
+    "cli": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
+}
+"""Which rooms, or modules at the top, each may import beside itself."""
+
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names of all that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module):
+    room = module.parts[0].removesuffix(".py")
+    ours = {name.split(".")[1] for name in imports(ROOT / module) if name.startswith("motor_ray.")}
+    assert ours - {room, "__version__"} <= ALLOWED[room]
+
+
+def test_the_detector_takes_nothing_of_slices_but_the_frame():
+    for path in (ROOT / "detector").glob("*.py"):
+        taken = {name for name in imports(path) if name.startswith("motor_ray.slices")}
+        assert all(name.startswith("motor_ray.slices.frame") for name in taken), path.name
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_only_distributed_imports_ray(module):
+    uses_ray = any(name.split(".")[0] == "ray" for name in imports(ROOT / module))
+    assert not uses_ray or module.parts[0] == "distributed"
+
+
+def test_stages_samples_and_learner_run_without_ray():
+    modules = "motor_ray.distributed.stages, motor_ray.distributed.samples, motor_ray.distributed.learner"
+    code = f"import sys; import {modules}; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_needs_neither_torch_nor_ray():
+    code = "import sys, motor_ray.cli; sys.exit(bool({'torch', 'ray', 'cv2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_everything_does_nothing_but_define():
+    code = """
+import importlib, logging, os, pkgutil, sys, threading
+import motor_ray
+handlers, threads, files = len(logging.getLogger().handlers), threading.active_count(), sorted(os.listdir('.'))
+for module in pkgutil.walk_packages(motor_ray.__path__, 'motor_ray.'):
+    importlib.import_module(module.name)
+import ray, torch
+assert not ray.is_initialized()
+assert not torch.cuda.is_initialized()
+assert len(logging.getLogger().handlers) == handlers
+assert sorted(os.listdir('.')) == files
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
