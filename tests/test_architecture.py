@@ -63,7 +63,7 @@ def test_only_distributed_imports_ray(module):
 
 
 def test_stages_samples_and_learner_run_without_ray():
-    modules = "motor_ray.distributed.stages, motor_ray.distributed.samples, motor_ray.distributed.learner"
+    modules = ", ".join(f"motor_ray.distributed.{name}" for name in ("loading", "scoring", "samples", "learner"))
     code = f"import sys; import {modules}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

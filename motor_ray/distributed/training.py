@@ -34,7 +34,7 @@ from motor_ray.distributed.cluster import connected, gpus
 from motor_ray.distributed.learner import Learner
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.samples import FrameStore, batches, pad_to_multiple, sample_plan, with_labelled_spacing
-from motor_ray.distributed.stages import LoadSlab
+from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import LabelsError, RunError
 from motor_ray.motors.slice_metrics import slice_scores
 from motor_ray.storage import (
@@ -50,8 +50,8 @@ from motor_ray.storage import (
 )
 from motor_ray.tables import FAILURES
 
-SCORE = "mAP@0.5"
-"""The validation metric by which epochs are compared."""
+SCORES = ("mAP@0.5", "mAP@0.7", "mAP@0.9")
+"""The validation metrics by which epochs are compared; the later ones break ties."""
 
 ROWS_AT_A_TIME = 8
 """Slices that a worker takes from Ray Data at a time: a few megabytes."""
@@ -82,7 +82,7 @@ def train(
     with connected():
         fit(plans, labels, settings, storage, name, workers)
     epochs = read_metrics(run_uri)
-    best = max(epochs, key=lambda line: line[SCORE] or 0)
+    best = max(epochs, key=rank_of)
     result = run | {
         "status": "done",
         "seconds": round(time.monotonic() - started, 1),
@@ -242,7 +242,7 @@ def run_epoch(
     order = rng.permutation(len(samples))[:count].tolist()
     totals: dict[str, float] = {}
     steps = -(-count // settings.train.batch_size)
-    best = f", best mAP@0.5 {best_map(history):.3f}" if history else ""
+    best = f", best {SCORES[0]} {max(map(rank_of, history))[0]:.3f}" if history else ""
     for step, parts in enumerate(learner.run_epoch(batches(samples, order, settings, epoch)), start=1):
         totals = {name: totals.get(name, 0.0) + value for name, value in parts.items()}
         if rank == 0:
@@ -294,15 +294,15 @@ def restore(learner: Learner) -> list[dict[str, Any]]:
     return history
 
 
-def best_map(history: list[dict[str, Any]]) -> float:
-    """The best mAP@0.5 so far; 0 where none is defined."""
-    return max((line[SCORE] or 0.0 for line in history), default=0.0)
+def rank_of(metrics: dict[str, Any]) -> tuple[float, ...]:
+    """By what an epoch is compared with others; higher is better, and what is not defined counts as 0."""
+    return tuple(metrics[name] or 0.0 for name in SCORES)
 
 
 def epochs_since_best(history: list[dict[str, Any]]) -> int:
-    """How many epochs ago mAP@0.5 was last better than ever before; 0 if it is now."""
-    values = [line[SCORE] or 0.0 for line in history]
-    return len(values) - 1 - values.index(max(values))
+    """How many epochs ago the best one was; 0 if it is the last."""
+    ranks = [rank_of(line) for line in history]
+    return len(ranks) - 1 - ranks.index(max(ranks))
 
 
 def agreed_minimum(number: int) -> int:

@@ -45,7 +45,7 @@ def test_a_detectors_tensors_fill_the_backbone_of_another(tmp_path: Path, small_
 
 
 def test_imagenet_means_torchvisions_weights_through_its_own_loader(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = torchvision.models.resnet18(weights=None).state_dict()
+    whole: dict[str, torch.Tensor] = torchvision.models.resnet18(weights=None).state_dict()
     asked: list[str] = []
 
     def fetch(url: str, **_: object) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import settings_from
 from motor_ray.distributed.detect import detect, gather, loaders_for, scorer_arguments, settings_of_model, table_hash
-from motor_ray.distributed.stages import LoadSlab, ScoreFrames
+from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import CheckpointError, RunError
 from motor_ray.tables import FAILURES, MOTORS, PLAN
 

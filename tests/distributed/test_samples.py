@@ -15,7 +15,7 @@ from motor_ray.distributed.samples import (
     sample_plan,
     with_labelled_spacing,
 )
-from motor_ray.distributed.stages import LoadSlab
+from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import LabelsError
 from motor_ray.tables import PLAN
 

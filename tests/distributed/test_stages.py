@@ -6,7 +6,8 @@ import torch
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import settings_from
-from motor_ray.distributed.stages import FRAMES, LoadSlab, ScoreFrames, merge_tiles, with_neighbours
+from motor_ray.distributed.loading import FRAMES, LoadSlab, with_neighbours
+from motor_ray.distributed.scoring import ScoreFrames, merge_tiles
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import SLABS
 

@@ -1,0 +1,118 @@
+"""Training on a real Ray, on one worker and on two; the optimisation itself is tested without."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from motor_ray import storage
+from motor_ray.archive.labels import Labels
+from motor_ray.archive.manifest import make_manifest
+from motor_ray.config import settings_from
+from motor_ray.detector.checkpoint import load_checkpoint
+from motor_ray.distributed.training import check_run, epochs_since_best, plan_part, rank_of, root_cause, train
+from motor_ray.errors import LabelsError, RunError
+
+
+@pytest.fixture
+def manifest(archive, settings):
+    return make_manifest(archive.uri, settings.archive)
+
+
+def quality(*values):
+    return [{"mAP@0.5": value, "mAP@0.7": None, "mAP@0.9": None} for value in values]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
+    ray_here, manifest, archive, settings, tmp_path, workers
+):
+    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=workers, resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert all(line["n_slices"] == run["slices"]["validation"] for line in lines)
+    assert all(line["loss_total"] > 0 and line["images_per_second"] > 0 for line in lines)
+    assert run["unread"] == 0
+    best, last = (load_checkpoint(str(tmp_path / "run" / name)) for name in ("best", "last"))
+    assert best.settings == settings
+    assert best.metrics == run["best"]
+    assert last.metrics == lines[-1]
+    start = load_checkpoint(run["model"]).model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in start.values())
+
+
+@pytest.mark.ray
+def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(ray_here, manifest, archive, settings, tmp_path):
+    def run(epochs: int, *, resume: bool):
+        some = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"epochs": epochs}})
+        return train(manifest, archive.labels, some, str(tmp_path), "run", workers=1, resume=resume)
+
+    with pytest.raises(RunError, match="there is no run to resume"):
+        run(2, resume=True)
+    first = run(2, resume=False)
+    with pytest.raises(RunError, match="a run of this name is there; give another --name, or --resume"):
+        run(2, resume=False)
+    with pytest.raises(RunError, match="was started with another settings_hash"):
+        run(3, resume=True)
+    again = run(2, resume=True)
+    assert again["best"] == first["best"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.ray
+def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(
+    ray_here, archive, settings, tmp_path
+):
+    copy = tmp_path / "archive"
+    for tomogram in Path(archive.uri).iterdir():
+        (copy / tomogram.name).mkdir(parents=True)
+        for path in tomogram.iterdir():
+            (copy / tomogram.name / path.name).write_bytes(path.read_bytes()[: 300 if "0010" in path.name else None])
+    manifest = make_manifest(str(copy), settings.archive)
+    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=2, resume=False)
+    failures = storage.read_table(str(tmp_path / "run" / "failures.parquet")).to_pylist()
+    assert run["unread"] == len(failures) > 0
+    assert {row["z"] for row in failures} == {10}
+    assert run["epochs"] == settings.train.epochs
+
+
+@pytest.mark.ray
+def test_a_worker_that_fails_says_why_in_one_sentence(ray_here, manifest, archive, settings, tmp_path):
+    broken = settings_from(settings.model_dump() | {"model": {"backbone": "resnet18", "pretrained": "/no/weights.pt"}})
+    with pytest.raises(RunError, match=r"training stopped: .*/no/weights\.pt"):
+        train(manifest, archive.labels, broken, str(tmp_path), "run", workers=1, resume=False)
+
+
+def test_an_archive_without_motors_is_refused_before_anything_starts(manifest, archive, settings, tmp_path):
+    nothing = Labels(archive.labels.tomograms, archive.labels.motors.iloc[:0])
+    with pytest.raises(LabelsError, match="no motor is labelled in the train part"):
+        train(manifest, nothing, settings, str(tmp_path), "run", workers=1, resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_without_motors_is_named_with_its_size(manifest, archive, settings):
+    with pytest.raises(LabelsError, match=r"validation part of the archive \(0 of 12 tomograms\)"):
+        plan_part(manifest, archive.labels, settings, [], "validation")
+
+
+def test_a_run_may_start_where_there_is_none(tmp_path):
+    check_run(str(tmp_path / "run"), {"settings_hash": "a", "split": {}}, resume=False)
+
+
+def test_epochs_are_counted_since_the_best_and_equal_ones_do_not_count_as_better():
+    assert epochs_since_best(quality(0.1, 0.5, 0.5)) == 1
+    assert epochs_since_best(quality(0.1, 0.5, 0.6)) == 0
+    assert epochs_since_best(quality(None, None)) == 1
+    assert rank_of({"mAP@0.5": 0.5, "mAP@0.7": 0.4, "mAP@0.9": None}) > rank_of(quality(0.5)[0])
+
+
+def test_the_innermost_reason_of_a_failure_is_told_in_one_line():
+    try:
+        try:
+            raise ValueError("the\n disk is full")
+        except ValueError as error:
+            raise RuntimeError("worker died") from error
+    except RuntimeError as error:
+        assert root_cause(error) == "the disk is full"
