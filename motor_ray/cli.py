@@ -325,11 +325,10 @@ VERBS: dict[str, type[Verb]] = {
 }
 
 
-def main(verb: str | None = None) -> int:
-    """Run the command line, or only `verb`'s part of it; returns the exit code."""
-    arguments = sys.argv[1:] if verb is None else [verb, *sys.argv[1:]]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, or the given arguments in its place; returns the exit code."""
     try:
-        asked = parse(arguments)
+        asked = parse(sys.argv[1:] if arguments is None else arguments)
         # Ray, too, prints to stdout, which is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             result, code = asked.run()
@@ -354,7 +353,9 @@ def parse(arguments: Sequence[str]) -> Verb:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(VERBS)}"
         raise ConfigError(f"unknown verb {name!r}; {hint}")
     refuse_repeats(arguments)
-    return tyro.cli(VERBS[name], args=arguments[1:], default=defaults(VERBS[name], arguments), prog=f"motor-ray {name}")
+    verb = VERBS[name]
+    asked: Verb = tyro.cli(verb, args=arguments[1:], default=defaults(verb, arguments), prog=f"motor-ray {name}")
+    return asked
 
 
 def overview() -> str:

@@ -242,8 +242,8 @@ class LinkSettings(Settings):
 class EvaluateSettings(Settings):
     """How detections are compared with labels."""
 
-    threshold: float = Field(0.5, ge=0, le=1)
-    """Score from which a motor counts in precision, recall and F2."""
+    threshold: float = Field(0.3, ge=0, le=1)
+    """Score from which a motor counts. Below one half, because F2 forgives a false motor sooner than a missed one."""
 
     radius_angstrom: float = Field(1000.0, gt=0)
     """A motor within this distance of the truth is a hit (the official metric)."""

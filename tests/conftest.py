@@ -2,11 +2,15 @@
 
 import os
 
+import torch
 from hypothesis import settings
 
 # A shared machine breaks hypothesis's deadline of 200 ms; timings belong in `motor-ray bench`.
 settings.register_profile("motor_ray", deadline=None)
 settings.load_profile("motor_ray")
+
+# For tensors as small as a test's, two threads on a busy machine mostly wait for each other.
+torch.set_num_threads(1)
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -22,8 +22,8 @@ from motor_ray.archive.plan import make_plan
 from motor_ray.config import RunSettings, settings_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
 from motor_ray.distributed.cluster import connected, cores, gpus
-from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import RunError
 from motor_ray.motors.link import failures_of, link_slabs

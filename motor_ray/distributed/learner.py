@@ -62,7 +62,7 @@ class Learner:
         with self.precision():
             prediction = self.model(images)
         parts = detection_loss(prediction, targets, self.settings.loss)
-        values = {name: float(value) for name, value in parts.items()}
+        values = {name: float(value.detach()) for name, value in parts.items()}
         if not math.isfinite(values["total"]):
             raise RunError(f"the loss is {values['total']} on slices {', '.join(batch.slice_ids)}; look at them")
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """Frames of a slab to detections: the second operator of the pipeline, as a plain class that does not know Ray.
 
-    PLAN row -> LoadSlab (CPU) -> FRAMES row -> ScoreFrames (GPU) -> SLABS row
+PLAN row -> LoadSlab (CPU) -> FRAMES row -> ScoreFrames (GPU) -> SLABS row
 """
 
 from collections.abc import Callable, Mapping

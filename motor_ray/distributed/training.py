@@ -11,6 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from motor_ray.detector.device import ddp_backend, pick_device
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.distributed.cluster import connected, gpus
 from motor_ray.distributed.learner import Learner
+from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.samples import FrameStore, batches, pad_to_multiple, sample_plan, with_labelled_spacing
-from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import LabelsError, RunError
 from motor_ray.motors.slice_metrics import slice_scores
 from motor_ray.storage import (
@@ -77,6 +78,8 @@ def train(
     }
     check_run(run_uri, run, resume=resume)
     write_json(join(run_uri, "run.json"), run | {"status": "running"})
+    for part, plan in plans.items():
+        write_table(plan, join(run_uri, f"plan_{part}.parquet"))
     plans["train"] = pad_to_multiple(plans["train"], workers)
     started = time.monotonic()
     with connected():
@@ -150,7 +153,7 @@ def fit(
                 storage_filesystem=files,
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
-            datasets={part: frames_of_plan(plan, join(storage, name), part, settings) for part, plan in plans.items()},
+            datasets={part: frames_of_plan(plan, settings) for part, plan in plans.items()},
             dataset_config=DataConfig(datasets_to_split=["train"]),
         )
         try:
@@ -159,13 +162,10 @@ def fit(
             raise RunError(f"{join(storage, name)}: training stopped: {root_cause(error)}") from error
 
 
-def frames_of_plan(plan: pa.Table, run_uri: str, part: str, settings: RunSettings) -> Dataset:
+def frames_of_plan(plan: pa.Table, settings: RunSettings) -> Dataset:
     """The FRAMES of a plan, lazily, through the same LoadSlab as detection."""
-    uri = join(run_uri, f"plan_{part}.parquet")
-    write_table(plan, uri)
-    files, path = arrow_filesystem(uri)
-    rows = ray.data.read_parquet(path, filesystem=files).repartition(target_num_rows_per_block=ROWS_AT_A_TIME)
-    return rows.map_batches(
+    blocks = [plan.slice(start, ROWS_AT_A_TIME) for start in range(0, len(plan), ROWS_AT_A_TIME)]
+    return ray.data.from_arrow(blocks).map_batches(
         LoadSlab,
         fn_constructor_kwargs={"settings": settings},
         batch_size=ROWS_AT_A_TIME,
@@ -181,8 +181,13 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(settings.train.worker_cpus)
     torch.manual_seed(settings.train.seed)
     device = pick_device()
-    samples = FrameStore(rows_of("train"), job["labels"], settings)
-    held_out = FrameStore(own_rows(rows_of("validation")), job["labels"], settings)
+    # At the same time, because most of it is waiting for actors to start.
+    with ThreadPoolExecutor() as pool:
+        filling = [
+            pool.submit(FrameStore, rows, job["labels"], settings)
+            for rows in (rows_of("train"), own_rows(rows_of("validation")))
+        ]
+        samples, held_out = (one.result() for one in filling)
     report_unread(samples.unread + held_out.unread, job["run_uri"])
     per_epoch = agreed_minimum(len(samples))
     model = ray.train.torch.prepare_model(new_model(settings))

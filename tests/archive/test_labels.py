@@ -50,7 +50,7 @@ def test_reading_and_writing_again_gives_the_same_file(tmp_path: Path) -> None:
     assert Path(copy).read_text() == Path(source).read_text()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.tuples(*[st.floats(0, 63.99)] * 3), max_size=4, unique=True), min_size=1, max_size=6))
 def test_whatever_is_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, places: list[list[tuple[float, float, float]]]

@@ -115,14 +115,14 @@ def bytes_of(values: np.ndarray, dtype: type, padding: float) -> np.ndarray:
     return np.asarray(stored.view(np.uint8))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(mean=st.floats(20, 235), spread=st.floats(3, 40), padding=st.floats(0, 0.3))
 def test_unsigned_bytes_are_never_taken_for_signed(mean: float, spread: float, padding: float) -> None:
     values = np.random.default_rng(0).normal(mean, spread, 5000)
     assert not bytes_look_signed(bytes_of(values, np.uint8, padding))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(mean=st.floats(-1.5, 1.5), spread=st.floats(3, 40), padding=st.floats(0, 0.3))
 def test_signed_bytes_on_both_sides_of_zero_are_taken_for_signed(mean: float, spread: float, padding: float) -> None:
     values = np.random.default_rng(0).normal(mean * spread, spread, 5000)

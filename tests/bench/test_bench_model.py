@@ -1,7 +1,5 @@
 import time
-from collections.abc import Iterator
 
-import pytest
 import torch
 
 from motor_ray.bench.model import NaiveDetector, bench_model, trained_model
@@ -9,15 +7,6 @@ from motor_ray.bench.timing import time_in_turn
 from motor_ray.config import ModelSettings
 
 SMALL = ModelSettings(backbone="resnet18", neck_channels=16, head_channels=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: for tensors this small, two on a busy machine mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_naive_network_predicts_what_the_detector_does() -> None:

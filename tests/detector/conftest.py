@@ -1,6 +1,6 @@
 """A detector small enough for tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,15 +8,6 @@ import torch
 
 from motor_ray.config import ModelSettings
 from motor_ray.detector.model import Detector, build_model
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: for tensors this small, two on a busy machine mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

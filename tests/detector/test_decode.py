@@ -22,7 +22,7 @@ def prediction_of(heatmap: torch.Tensor) -> Prediction:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6, unique=True), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_drawn_boxes_are_decoded_where_they_were(places: list[tuple[int, int]], seed: int) -> None:
     random = np.random.default_rng(seed)
     # One box in each of some 32-pixel tiles, so that no two Gaussians melt into one peak.

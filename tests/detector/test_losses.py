@@ -88,7 +88,7 @@ def test_boxes_on_top_of_the_true_ones_cost_nothing_and_negative_sizes_cost_fini
     assert box_loss(size, offset, size, offset).item() == pytest.approx(0, abs=1e-5)
     negative = torch.tensor([[-3.0, -4.0]], requires_grad=True)
     loss = box_loss(negative, offset, size, offset)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert loss.isfinite()
     assert negative.grad is not None
     assert negative.grad.isfinite().all()
@@ -138,7 +138,7 @@ def test_frames_without_motors_give_zero_box_losses_and_finite_gradients(heatmap
     prediction = prediction_for(targets)
     parts = detection_loss(prediction, targets, LossSettings.model_validate({"heatmap": heatmap}))
     assert parts["size"] == parts["offset"] == parts["giou"] == 0
-    parts["total"].backward()  # type: ignore[no-untyped-call]
+    parts["total"].backward()
     for part in prediction:
         assert part.grad is not None
         assert part.grad.isfinite().all()

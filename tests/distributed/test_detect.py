@@ -23,7 +23,8 @@ def in_order(table):
 
 
 @pytest.mark.ray
-def test_a_run_on_ray_writes_what_its_stages_say_row_for_row(ray_here, archive, settings, checkpoint, tmp_path):
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_on_ray_writes_what_its_stages_say_row_for_row(archive, settings, checkpoint, tmp_path):
     manifest = make_manifest(archive.uri, settings.archive)
     run = detect(manifest, NONE, checkpoint, str(tmp_path / "run"), settings)
     plan = storage.read_table(str(tmp_path / "run" / "plan.parquet"))
@@ -44,9 +45,8 @@ def test_a_run_on_ray_writes_what_its_stages_say_row_for_row(ray_here, archive, 
 
 
 @pytest.mark.ray
-def test_damaged_slices_are_counted_and_listed_and_the_rest_is_looked_at(
-    ray_here, damaged, settings, checkpoint, tmp_path
-):
+@pytest.mark.usefixtures("ray_here")
+def test_damaged_slices_are_counted_and_listed_and_the_rest_is_looked_at(damaged, settings, checkpoint, tmp_path):
     (Path(damaged) / "torn.mrc").write_bytes(b"\0" * 100)
     tomograms = find_tomograms(damaged, settings.archive)
     run = detect(*tomograms, checkpoint, str(tmp_path / "run"), settings)
@@ -60,9 +60,8 @@ def test_damaged_slices_are_counted_and_listed_and_the_rest_is_looked_at(
 
 
 @pytest.mark.ray
-def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(
-    ray_here, damaged, settings, checkpoint, tmp_path
-):
+@pytest.mark.usefixtures("ray_here")
+def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(damaged, settings, checkpoint, tmp_path):
     out = str(tmp_path / "run")
     manifest = make_manifest(damaged, settings.archive)
     first = detect(manifest, NONE, checkpoint, out, settings)
@@ -110,7 +109,7 @@ def test_compilation_is_chosen_only_when_the_archive_pays_for_it(settings):
     assert not compiled(10_000, 1, 96)
 
 
-def test_asked_for_loaders_are_given(settings):
+def test_asked_for_loaders_are_given():
     assert loaders_for(settings_from({"detect": {"loaders": 7}}), 1) == 7
 
 

@@ -1,12 +1,14 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import slab_of
+from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import (
     CLEARANCE_ANGSTROM,
     FrameStore,
@@ -15,7 +17,6 @@ from motor_ray.distributed.samples import (
     sample_plan,
     with_labelled_spacing,
 )
-from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import LabelsError
 from motor_ray.tables import PLAN
 
@@ -89,7 +90,7 @@ def test_stored_boxes_stand_where_the_labels_say(store, archive, settings):
 
 def test_a_batch_is_the_same_in_whatever_order_and_company_its_samples_come(store, settings):
     epoch, order = 3, list(range(len(store)))
-    whole = {}
+    whole: dict[str, torch.Tensor] = {}
     for batch in batches(store, order, settings, epoch):
         whole |= zip(batch.slice_ids, batch.images, strict=True)
     for batch in batches(store, order[::-1][:7], settings, epoch):

@@ -25,9 +25,10 @@ def quality(*values):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
-    ray_here, manifest, archive, settings, tmp_path, workers
+    manifest, archive, settings, tmp_path, workers
 ):
     run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=workers, resume=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -44,7 +45,8 @@ def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
 
 
 @pytest.mark.ray
-def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(ray_here, manifest, archive, settings, tmp_path):
+@pytest.mark.usefixtures("ray_here")
+def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(manifest, archive, settings, tmp_path):
     def run(epochs: int, *, resume: bool):
         some = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"epochs": epochs}})
         return train(manifest, archive.labels, some, str(tmp_path), "run", workers=1, resume=resume)
@@ -62,9 +64,8 @@ def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(ray_here, manifes
 
 
 @pytest.mark.ray
-def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(
-    ray_here, archive, settings, tmp_path
-):
+@pytest.mark.usefixtures("ray_here")
+def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive, settings, tmp_path):
     copy = tmp_path / "archive"
     for tomogram in Path(archive.uri).iterdir():
         (copy / tomogram.name).mkdir(parents=True)
@@ -79,7 +80,8 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(
 
 
 @pytest.mark.ray
-def test_a_worker_that_fails_says_why_in_one_sentence(ray_here, manifest, archive, settings, tmp_path):
+@pytest.mark.usefixtures("ray_here")
+def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, settings, tmp_path):
     broken = settings_from(settings.model_dump() | {"model": {"backbone": "resnet18", "pretrained": "/no/weights.pt"}})
     with pytest.raises(RunError, match=r"training stopped: .*/no/weights\.pt"):
         train(manifest, archive.labels, broken, str(tmp_path), "run", workers=1, resume=False)
@@ -109,10 +111,6 @@ def test_epochs_are_counted_since_the_best_and_equal_ones_do_not_count_as_better
 
 
 def test_the_innermost_reason_of_a_failure_is_told_in_one_line():
-    try:
-        try:
-            raise ValueError("the\n disk is full")
-        except ValueError as error:
-            raise RuntimeError("worker died") from error
-    except RuntimeError as error:
-        assert root_cause(error) == "the disk is full"
+    outer = RuntimeError("worker died")
+    outer.__cause__ = ValueError("the\n disk is full")
+    assert root_cause(outer) == "the disk is full"

@@ -92,7 +92,7 @@ def test_a_drawn_track_is_one_motor_where_it_was_drawn(z: float, drift: tuple[fl
     spacing=st.sampled_from([6.5, 13.3, 19.7]),
     jitter=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_jittered_track_is_one_motor_within_half_a_slice(
     z: float, drift: tuple[float, float], spacing: float, jitter: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_a_jittered_track_is_one_motor_within_half_a_slice(
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_order_of_detections_slices_and_slabs_does_not_matter(seed: int) -> None:
     rng = np.random.default_rng(seed)
     noise = np.column_stack([rng.integers(0, 60, 200), rng.uniform(0, 300, (200, 2)), rng.uniform(50, 99, (200, 2))])
@@ -180,7 +180,7 @@ def test_a_steady_track_beats_a_spurious_box_however_sure() -> None:
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=12), st.integers(0, 11), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_more_evidence_never_lowers_the_score(scores: list[float], index: int, more: float) -> None:
     def score_of(values: list[float]) -> float:
         zs = np.arange(100, 100 + len(values))

@@ -129,7 +129,7 @@ def test_missing_columns_and_spacings_are_named() -> None:
     ),
     st.floats(0, 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_tomogram_counts_are_the_official_ones(rows: dict[str, Any], threshold: float) -> None:
     truth = motors([(name, *true, 1) for name, (true, _, _) in rows.items() if true != NO])
     found = motors([(name, *said, score) for name, (_, said, score) in rows.items() if said != NO])
@@ -191,7 +191,7 @@ def test_the_matching_prefers_more_pairs_to_nearer_ones() -> None:
 
 
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_matching_is_symmetric_and_within_the_radius(n: int, m: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.uniform(0, 10, (n, 3)), rng.uniform(0, 10, (m, 3))

@@ -21,7 +21,7 @@ def shifted(y: float) -> NDArray[np.float64]:
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_overlaps_are_torchvisions(n: int, m: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.uniform(1, 40, (n, 4)), rng.uniform(1, 40, (m, 4))

@@ -10,15 +10,13 @@ from motor_ray.slices.targets import draw_targets
 SIZE = 128
 RECIPE = AugmentSettings()
 GEOMETRY = AugmentSettings(flips=True, rotation_degrees=180, poisson_probability=0, blur_sigma_max=0)
-STILL = AugmentSettings(
-    rotation_degrees=0, scaling=0, translation_pixels=0, poisson_probability=0, blur_sigma_max=0
-)
+STILL = AugmentSettings(rotation_degrees=0, scaling=0, translation_pixels=0, poisson_probability=0, blur_sigma_max=0)
 
 
 def spot(y: float, x: float) -> np.ndarray:
     """A ``(1, SIZE, SIZE)`` frame, black but for a bright spot of 5 pixels across at (y, x)."""
     rows, columns = np.mgrid[:SIZE, :SIZE]
-    return (255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8)).astype(np.uint8)[None]
+    return np.array(255 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 8), np.uint8)[None]
 
 
 @given(st.integers(0, 2**32), st.floats(45, 82), st.floats(45, 82))

@@ -60,4 +60,4 @@ def test_a_frame_shows_the_motors_within_reach_along_z_and_inside_it():
     shown = boxes_on_frame(motors, 12, 2.0, frame, RECIPE.box_pixels)
     np.testing.assert_allclose(frame.boxes_to_slice(shown)[:, :2], motors[:2, 1:])
     assert (shown[:, 2:] == RECIPE.box_pixels).all()
-    assert HEATMAP_STRIDE * 180 == frame.size
+    assert frame.size == HEATMAP_STRIDE * 180
