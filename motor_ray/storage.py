@@ -38,6 +38,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def absolute(uri: str) -> str:
+    """`uri` as any process of the cluster understands it: a relative path is relative only to this one."""
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at `uri`."""
     files, path = filesystem(uri)

@@ -9,6 +9,7 @@ Rows are slabs all the way, a few megabytes each, so memory does not grow with t
 import hashlib
 import json
 import math
+import sys
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import RunError
 from motor_ray.motors.link import failures_of, link_slabs
-from motor_ray.storage import arrow_filesystem, exists, join, read_json, remove, write_json, write_table
+from motor_ray.storage import absolute, arrow_filesystem, exists, join, read_json, remove, write_json, write_table
 
 LINK_SLICES = 1_000_000
 """Slices whose detections are linked at a time: about a hundred megabytes."""
@@ -46,11 +47,13 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     run with the same settings, model and manifest is returned as it is; an `out` with another is refused (RunError).
     `unusable` are FAILURES that came to light before, of tomograms that are not in `manifest`.
     """
+    model, out = absolute(model), absolute(out)
     checkpoint = load_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)
     plan = make_plan(manifest, settings.detect.slab_slices)
     run = describe_run(manifest, checkpoint, settings)
     if finished := finished_run(out, run):
+        print(f"{out}: this run is finished already; nothing to do", file=sys.stderr)
         return finished
     write_json(join(out, "run.json"), run | {"status": "running"})
     write_table(plan, join(out, "plan.parquet"))

@@ -39,6 +39,7 @@ from motor_ray.distributed.samples import FrameStore, batches, pad_to_multiple, 
 from motor_ray.errors import LabelsError, RunError
 from motor_ray.motors.slice_metrics import slice_scores
 from motor_ray.storage import (
+    absolute,
     arrow_filesystem,
     exists,
     join,
@@ -66,9 +67,10 @@ def train(
     80 % of the tomograms are trained on and 10 % validate; the last 10 % are left alone. Raises LabelsError if labels
     and archive do not fit, RunError if ``storage/name`` exists and `resume` is not asked for, or the other way round.
     """
+    storage = absolute(storage)
     run_uri = join(storage, name)
     manifest = with_labelled_spacing(manifest, labels)
-    split = split_tomograms(manifest["tomo_id"].to_pylist())
+    split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.seed)
     plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in ("train", "validation")}
     run = {
         "settings": settings.model_dump(mode="json"),
@@ -105,7 +107,7 @@ def plan_part(manifest: pa.Table, labels: Labels, settings: RunSettings, tomo_id
     if len(plan) == 0:
         raise LabelsError(
             f"no motor is labelled in the {part} part of the archive ({len(tomo_ids)} of {len(manifest)} tomograms); "
-            "give more labelled tomograms"
+            "give more labelled tomograms, or another --train.seed"
         )
     return plan
 

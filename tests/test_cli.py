@@ -1,0 +1,163 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from motor_ray.cli import VERBS, all_settings, main, parse
+from motor_ray.config import RunSettings
+from motor_ray.errors import ConfigError
+from motor_ray.storage import read_table
+from motor_ray.tables import MANIFEST
+
+TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    shape = ["--shape", "16", "64", "64", "--voxel-spacing-angstrom", "30"]
+    assert main(["simulate", "--out", str(tmp_path / "sim"), "--tomograms", "2", "--seed", "5", *shape]) == 0
+    capsys.readouterr()
+    return tmp_path / "sim"
+
+
+def test_flags_win_over_the_yaml_file_which_wins_over_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {epochs: 7, batch_size: 2}\nlink: {min_slices: 5}\n")
+    settings = all_settings(parse([*TRAIN, "--config", str(path), "--train.epochs", "9", "--model.backbone", "resnet50"]))
+    assert (settings.train.epochs, settings.train.batch_size, settings.link.min_slices) == (9, 2, 5)
+    assert settings.model.backbone == "resnet50"
+    assert settings.train.learning_rate == RunSettings().train.learning_rate
+
+
+def test_without_flags_the_settings_are_the_recipe():
+    assert all_settings(parse(TRAIN)) == RunSettings()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert f"usage: motor-ray {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_all_verbs(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["detct"], "unknown verb 'detct'; did you mean detect?"),
+        ([*TRAIN, "--name", "e"], "--name: given more than once"),
+        (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
+        (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
+        (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
+        ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("motor-ray: ")
+    assert complaint in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [(["--train.epoks", "3"], "--train.epochs"), (["--train.epochs", "0"], "greater than or equal to 1")],
+)
+def test_a_wrong_flag_is_refused_with_a_hint(flags, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*TRAIN, *flags])
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_result_is_one_json_object_on_stdout_and_nothing_else(archive, tmp_path, capsys):
+    assert main(["manifest", "--archive", str(archive), "--out", str(tmp_path / "m.parquet")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tomograms"], result["slices"], result["unusable"]) == (2, 32, [])
+    assert read_table(str(tmp_path / "m.parquet")).schema == MANIFEST
+
+
+def test_a_tomogram_that_cannot_be_used_is_named_and_makes_exit_code_1(archive, tmp_path, capsys):
+    (archive / "train" / "torn.mrc").write_bytes(b"\0" * 64)
+    assert main(["manifest", "--archive", str(archive), "--out", str(tmp_path / "m.parquet")]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["tomograms"] == 2
+    assert "torn.mrc" in result["unusable"][0]
+
+
+def test_the_figure_of_the_training_data_is_a_picture(archive, tmp_path, capsys):
+    out = tmp_path / "check.png"
+    flags = ["--archive", str(archive), "--labels", str(archive / "train_labels.csv"), "--frame.size", "64"]
+    assert main(["figure", *flags, "--targets.box-pixels", "20", "--out", str(out)]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tomograms"]) == 3
+    picture = cv2.imread(str(out))
+    assert picture is not None
+    assert len(np.unique(picture)) > 50
+
+
+def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VERBS["demo"], "run", interrupted)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "motor-ray: stopped\n"
+
+
+def test_an_unknown_setting_in_the_yaml_file_is_refused_with_the_nearest_name(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("detect: {score_treshold: 0.4}\n")
+    with pytest.raises(ConfigError, match="did you mean score_threshold"):
+        parse([*TRAIN, "--config", str(path)])
+
+
+def test_the_demo_deletes_only_what_a_demo_made(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "was not made by a demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.ray
+def test_the_verbs_make_one_story_in_a_shell(tmp_path):
+    """Simulate, train, detect, evaluate as processes of their own, with relative paths, each starting its own Ray."""
+
+    def motor_ray(*arguments: str) -> dict[str, object]:
+        command = [sys.executable, "-m", "motor_ray.cli", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        result: dict[str, object] = json.loads(done.stdout)
+        return result
+
+    (tmp_path / "small.yaml").write_text(
+        "frame: {size: 96}\ntargets: {box_pixels: 32}\ntrain: {epochs: 1, slices_per_motor: 2}\n"
+        "model: {backbone: resnet18, pretrained: none, neck_channels: 8, head_channels: 8}\n"
+    )
+    shape = ["--shape", "20", "96", "96", "--voxel-spacing-angstrom", "24"]
+    motor_ray("simulate", "--out", "sim", "--tomograms", "24", *shape, "--format", "mrc")
+    labels = ["--labels", "sim/train_labels.csv"]
+    trained = motor_ray(
+        "train", "--archive", "sim", *labels, "--storage", "runs", "--name", "a", "--config", "small.yaml"
+    )
+    detect = ["detect", "--archive", "sim", "--model", "runs/a/best", "--out", "found"]
+    detected = motor_ray(*detect, "--detect.score-threshold", "0.001")
+    assert trained["epochs"] == 1
+    assert isinstance(detected["counts"], dict)
+    assert detected["counts"]["ok"] == 24 * 20
+    scores = motor_ray("evaluate", "--detections", "found", *labels)
+    assert set(scores) == {"slices", "tomograms", "motors"}
+    assert isinstance(scores["tomograms"], dict)
+    assert scores["tomograms"]["n_tomograms"] == 24
