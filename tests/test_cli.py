@@ -27,7 +27,9 @@ def archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 def test_flags_win_over_the_yaml_file_which_wins_over_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train: {epochs: 7, batch_size: 2}\nlink: {min_slices: 5}\n")
-    settings = all_settings(parse([*TRAIN, "--config", str(path), "--train.epochs", "9", "--model.backbone", "resnet50"]))
+    settings = all_settings(
+        parse([*TRAIN, "--config", str(path), "--train.epochs", "9", "--model.backbone", "resnet50"])
+    )
     assert (settings.train.epochs, settings.train.batch_size, settings.link.min_slices) == (9, 2, 5)
     assert settings.model.backbone == "resnet50"
     assert settings.train.learning_rate == RunSettings().train.learning_rate

@@ -113,11 +113,11 @@ class FrameStore:
     """
 
     def __init__(self, tables: Iterable[pa.Table], labels: Labels, settings: RunSettings) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="motor-ray-frames-")
+        self.folder = tempfile.TemporaryDirectory(prefix="motor-ray-frames-")
         self.ids: list[str] = []
         self.unread: list[dict[str, Any]] = []
         self._boxes: list[NDArray[np.float64]] = []
-        file = Path(self._folder.name) / "frames"
+        file = Path(self.folder.name) / "frames"
         with file.open("wb") as frames:
             for table in tables:
                 for row in table.to_pylist():
@@ -134,7 +134,7 @@ class FrameStore:
     def close(self) -> None:
         """Give the disk space back."""
         del self._frames
-        self._folder.cleanup()
+        self.folder.cleanup()
 
     def _take(self, row: dict[str, Any], file: Any, labels: Labels, settings: RunSettings) -> None:
         [entry] = row["loaded"]

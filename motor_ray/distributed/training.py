@@ -2,8 +2,8 @@
 
     sample plan -> Ray Data: LoadSlab -> FrameStore of each worker -> DistributedDataParallel -> report
 
-Under ``storage/name`` appear best/ and last/ (checkpoints), metrics.jsonl (a line per epoch), run.json and the plans,
-beside what Ray Train keeps to resume.
+Under ``storage/name`` appear start/, best/ and last/ (checkpoints), metrics.jsonl (a line per epoch), run.json,
+failures.parquet and the plans, beside what Ray Train keeps to resume.
 """
 
 import json
@@ -28,7 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from motor_ray.archive.labels import Labels, split_tomograms
 from motor_ray.config import HEATMAP_STRIDE, RunSettings, settings_from, settings_hash
-from motor_ray.detector.checkpoint import load_weights, save_checkpoint
+from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend, pick_device
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.distributed.cluster import connected, gpus
@@ -79,6 +79,9 @@ def train(
         "slices": {part: len(plan) for part, plan in plans.items()},
     }
     check_run(run_uri, run, resume=resume)
+    if not resume:
+        # Made here, so that wrong or unreachable weights stop a run before it starts, and workers need no network.
+        save_checkpoint(join(run_uri, "start"), new_model(settings), settings, {})
     write_json(join(run_uri, "run.json"), run | {"status": "running"})
     for part, plan in plans.items():
         write_table(plan, join(run_uri, f"plan_{part}.parquet"))
@@ -181,7 +184,6 @@ def train_worker(job: dict[str, Any]) -> None:
     """What each worker runs: fill its stores, then epochs of steps, validation and report."""
     settings: RunSettings = settings_from(job["settings"])
     torch.set_num_threads(settings.train.worker_cpus)
-    torch.manual_seed(settings.train.seed)
     device = pick_device()
     # At the same time, because most of it is waiting for actors to start.
     with ThreadPoolExecutor() as pool:
@@ -192,7 +194,11 @@ def train_worker(job: dict[str, Any]) -> None:
         samples, held_out = (one.result() for one in filling)
     report_unread(samples.unread + held_out.unread, job["run_uri"])
     per_epoch = agreed_minimum(len(samples))
-    model = ray.train.torch.prepare_model(new_model(settings))
+    if per_epoch == 0:
+        raise RunError(f"a worker could read none of its slices; see {join(job['run_uri'], 'failures.parquet')}")
+    start = load_checkpoint(join(job["run_uri"], "start")).model.to(memory_format=torch.channels_last)
+    model = ray.train.torch.prepare_model(start)
+    torch.manual_seed(settings.train.seed + ray.train.get_context().get_world_rank())  # for stochastic depth
     steps = -(-per_epoch // settings.train.batch_size)
     learner = Learner(model, settings, steps * settings.train.epochs, device)
     history = restore(learner)
@@ -210,9 +216,9 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 def new_model(settings: RunSettings) -> Detector:
-    """The untrained network of a run."""
-    model = build_model(settings.model, box_cells=settings.targets.box_pixels / HEATMAP_STRIDE)
-    return model.to(memory_format=torch.channels_last)
+    """The untrained network of a run, the same for the same seed. Raises CheckpointError if weights are missing."""
+    torch.manual_seed(settings.train.seed)
+    return build_model(settings.model, box_cells=settings.targets.box_pixels / HEATMAP_STRIDE)
 
 
 def rows_of(part: str) -> Iterator[pa.Table]:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import slab_of
+from motor_ray.config import settings_from
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import (
     CLEARANCE_ANGSTROM,
@@ -118,3 +121,22 @@ def test_slices_that_cannot_be_read_are_left_out_and_reported(damaged, archive, 
     assert [(row["tomo_id"], row["z"]) for row in store.unread] == [(first["tomo_id"], 3), (first["tomo_id"], 4)]
     assert len(store) == 1
     store.close()
+
+
+def test_three_neighbouring_slices_are_kept_together(manifest, archive, settings):
+    three = settings_from(settings.model_dump() | {"model": settings.model.model_dump() | {"in_slices": 3}})
+    plan = pa.Table.from_pylist([slab_of(manifest.to_pylist()[0], [z]) for z in (0, 1, 2)], schema=PLAN)
+    store = FrameStore([LoadSlab(three)(plan)], archive.labels, three)
+    frames = [store[place].frame for place in range(3)]
+    assert all(frame.shape == (3, 96, 96) for frame in frames)
+    assert (frames[1][2] == frames[2][1]).all()
+    assert (frames[0][0] == frames[0][1]).all()  # at the end of the tomogram the slice stands for its neighbour
+    store.close()
+
+
+def test_a_closed_store_leaves_nothing_on_the_disk(manifest, archive, settings):
+    store = FrameStore([LoadSlab(settings)(sample_plan(manifest, archive.labels, settings))], archive.labels, settings)
+    folder = Path(store.folder.name)
+    assert (folder / "frames").stat().st_size == len(store) * 96 * 96
+    store.close()
+    assert not folder.exists()

@@ -12,7 +12,7 @@ from motor_ray.archive.manifest import make_manifest
 from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.distributed.training import check_run, epochs_since_best, plan_part, rank_of, root_cause, train
-from motor_ray.errors import LabelsError, RunError
+from motor_ray.errors import CheckpointError, LabelsError, RunError
 
 
 @pytest.fixture
@@ -82,9 +82,16 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive,
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, settings, tmp_path):
-    broken = settings_from(settings.model_dump() | {"model": {"backbone": "resnet18", "pretrained": "/no/weights.pt"}})
-    with pytest.raises(RunError, match=r"training stopped: .*/no/weights\.pt"):
-        train(manifest, archive.labels, broken, str(tmp_path), "run", workers=1, resume=False)
+    wild = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"learning_rate": 1e30}})
+    with pytest.raises(RunError, match=r"training stopped: the loss is (nan|inf) on slices tomo_"):
+        train(manifest, archive.labels, wild, str(tmp_path), "run", workers=1, resume=False)
+
+
+def test_weights_that_cannot_be_had_stop_a_run_before_it_starts(manifest, archive, settings, tmp_path):
+    absent = settings_from(settings.model_dump() | {"model": {"backbone": "resnet18", "pretrained": "/no/weights.pt"}})
+    with pytest.raises(CheckpointError, match=r"/no/weights\.pt"):
+        train(manifest, archive.labels, absent, str(tmp_path), "run", workers=1, resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_archive_without_motors_is_refused_before_anything_starts(manifest, archive, settings, tmp_path):
