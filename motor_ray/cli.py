@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from motor_ray.config import (
     TrainSettings,
     read_settings,
 )
-from motor_ray.errors import ConfigError, MotorRayError
+from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 
 Result = tuple[dict[str, Any], int]
 """The JSON object of a verb, and its exit code."""
@@ -194,16 +195,16 @@ class Train:
     def run(self) -> Result:
         """Train."""
         from motor_ray.archive.labels import read_labels
-        from motor_ray.archive.manifest import make_manifest
+        from motor_ray.archive.manifest import find_tomograms
         from motor_ray.distributed.training import train
 
         settings = all_settings(self)
-        manifest = make_manifest(self.archive, settings.archive)
-        labels = read_labels(self.labels)
+        manifest, failures = find_tomograms(self.archive, settings.archive)
+        labels = read_labels(self.labels, anonymous=settings.archive.anonymous)
         run = train(manifest, labels, settings, self.storage, self.name, workers=self.workers, resume=self.resume)
-        return {name: run[name] for name in ("model", "epochs", "seconds", "slices", "best", "unread")}, bool(
-            run["unread"]
-        )
+        names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "unread")
+        result = {name: run[name] for name in names} | {"unusable": failures["error"].to_pylist()}
+        return result, bool(run["unread"] or len(failures))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,12 +290,15 @@ class Figure:
     def run(self) -> Result:
         """Draw."""
         from motor_ray.archive.labels import read_labels
-        from motor_ray.archive.manifest import make_manifest
+        from motor_ray.archive.manifest import find_tomograms
         from motor_ray.results import draw_dataset_check
 
         settings = all_settings(self)
-        manifest = make_manifest(self.archive, settings.archive)
-        return draw_dataset_check(manifest, read_labels(self.labels), settings, self.out), 0
+        manifest, failures = find_tomograms(self.archive, settings.archive)
+        labels = read_labels(self.labels, anonymous=settings.archive.anonymous)
+        unusable = failures["error"].to_pylist()
+        result = draw_dataset_check(manifest, labels, settings, self.out)
+        return result | {"unusable": unusable}, bool(unusable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +331,8 @@ VERBS: dict[str, type[Verb]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, or the given arguments in its place; returns the exit code."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("motor_ray").setLevel(logging.INFO)
     try:
         asked = parse(sys.argv[1:] if arguments is None else arguments)
         # Ray, too, prints to stdout, which is for the result alone.
@@ -334,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result, code = asked.run()
     except MotorRayError as error:
         print(f"motor-ray: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, UnfinishedError) else 2
     except KeyboardInterrupt:
         print("motor-ray: stopped", file=sys.stderr)
         return 130
@@ -376,7 +382,9 @@ def overview() -> str:
 
 def refuse_repeats(arguments: Sequence[str]) -> None:
     """Raises ConfigError if an option is given twice: one of the two values would be dropped in silence."""
-    counts = Counter(argument.split("=", 1)[0] for argument in arguments if argument.startswith("--"))
+    options = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    # --a.no-b is the opposite of --a.b, and an underscore stands for a dash.
+    counts = Counter(option.replace("_", "-").replace(".no-", ".") for option in options)
     twice = [option for option, count in counts.items() if count > 1]
     if twice:
         raise ConfigError(f"{', '.join(twice)}: given more than once; give it once")

@@ -208,7 +208,7 @@ class DetectSettings(Settings):
     """Slices of one tomogram that are read together and travel as one row."""
 
     batch_frames: int = Field(8, ge=1)
-    """Frames that pass through the network at a time."""
+    """Frames that pass through the network at a time on a GPU; a CPU is fastest one by one."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; 'auto' compiles when the archive is long enough to pay for it."""
@@ -217,10 +217,10 @@ class DetectSettings(Settings):
     """Compute in bfloat16."""
 
     loaders: int | None = Field(None, ge=1)
-    """Preprocessing actors; chosen from the cluster's CPUs when not given."""
+    """Preprocessing actors, at most; chosen from the cluster's CPUs when not given."""
 
     scorers: int | None = Field(None, ge=1)
-    """Inference actors; one per GPU, or one in all without GPUs, when not given."""
+    """Inference actors; one per GPU, or a single one without GPUs, when not given."""
 
 
 class LinkSettings(Settings):

@@ -13,8 +13,8 @@ from motor_ray.archive.simulate import simulate_archive
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.distributed.cluster import connected, cores
 from motor_ray.distributed.detect import detect
-from motor_ray.distributed.training import train
-from motor_ray.errors import RunError
+from motor_ray.distributed.training import slots_for, train
+from motor_ray.errors import RunError, StorageError
 from motor_ray.progress import progress_bar
 from motor_ray.results import draw_motors, evaluate_run
 from motor_ray.storage import read_table
@@ -52,7 +52,7 @@ def demo(out: str) -> dict[str, Any]:
     settings = demo_settings()
     labels = simulate(folder / "train_archive", TRAIN_COUNTS, seed=420)
     held_out = simulate(folder / "held_out_archive", HELD_OUT_COUNTS, seed=421)
-    with connected():
+    with connected(slots_for(1, settings)):
         manifest = make_manifest(str(folder / "train_archive"), settings.archive)
         run = train(manifest, labels, settings, str(folder / "runs"), "demo", workers=1, resume=False)
         manifest = make_manifest(str(folder / "held_out_archive"), settings.archive)
@@ -69,14 +69,18 @@ def demo(out: str) -> dict[str, Any]:
 
 def fresh_folder(out: str) -> Path:
     """The folder `out`, empty but for the marker. Raises RunError rather than deleting what no demo made."""
-    folder = Path(out)
-    if folder.exists():
-        if not (folder / MARKER).is_file() and any(folder.iterdir()):
-            raise RunError(f"{out}: is not empty and was not made by a demo; give --out another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).write_text("Made by motor-ray demo, which deletes this folder when it runs again.\n", "utf-8")
-    return folder.absolute()
+    folder = Path(out).absolute()
+    try:
+        if folder.exists():
+            if not (folder / MARKER).is_file() and any(folder.iterdir()):
+                raise RunError(f"{out}: is not empty and was not made by a demo; give --out another folder")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        note = "Made by motor-ray demo, which deletes this folder when it runs again.\n"
+        (folder / MARKER).write_text(note, "utf-8")
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be made a folder ({error.strerror}); give --out another one") from None
+    return folder
 
 
 def simulate(folder: Path, motor_counts: list[int], seed: int) -> Labels:

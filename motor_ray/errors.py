@@ -5,7 +5,7 @@ A message says where, what was got, what was expected and what to do about it.
 
 
 class MotorRayError(Exception):
-    """The root: the command line turns any of these into one sentence and exit code 2."""
+    """The root: the command line turns any of these into one sentence and, but for one, exit code 2."""
 
 
 class ConfigError(MotorRayError, ValueError):
@@ -45,4 +45,8 @@ class MetricError(MotorRayError, ValueError):
 
 
 class RunError(MotorRayError, RuntimeError):
-    """A run cannot start, or its counts do not add up."""
+    """A run cannot start."""
+
+
+class UnfinishedError(MotorRayError, RuntimeError):
+    """A run started and did work, but failed, or its counts do not add up; the command line's exit code is 1."""

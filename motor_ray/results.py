@@ -55,7 +55,7 @@ def run_settings(detections: str) -> RunSettings:
         run = read_json(where)
     except StorageError:
         raise RunError(f"{detections}: holds no run.json; give the --out of a motor-ray detect") from None
-    if run.get("status") != "done":
+    if not isinstance(run, dict) or run.get("status") != "done":
         raise RunError(f"{detections}: that run has not finished; run the same motor-ray detect again")
     return settings_from(run["settings"], where)
 
@@ -90,7 +90,7 @@ def draw_dataset_check(manifest: pa.Table, labels: Labels, settings: RunSettings
 def _check_row(title: str, row: Row, labels: Labels, settings: RunSettings, changes: AugmentSettings) -> CheckRow:
     """One line of the dataset check: the middle slice, or that of the tomogram's first motor, and its frame there."""
     motors, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
-    z = round(motors[0, 0]) if len(motors) else row["size_z"] // 2
+    z = min(round(motors[0, 0]), row["size_z"] - 1) if len(motors) else row["size_z"] // 2
     image = read_slice(row, z, settings.archive)
     reach, edge = settings.targets.reach_angstrom / spacing, settings.targets.box_pixels
     placement = frames_of(image.shape, spacing, settings.frame)
@@ -120,7 +120,7 @@ def _motors_panel(row: Row, labels: Labels, found: NDArray[np.float64], settings
     """The slice through the first true motor, else the best found one, else the middle; motors near it are marked."""
     true, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
     seen = true if len(true) else found
-    z = round(float(seen[0, 0])) if len(seen) else row["size_z"] // 2
+    z = min(round(seen[0, 0]), row["size_z"] - 1) if len(seen) else row["size_z"] // 2
     image = to_uint8(read_slice(row, z, settings.archive), settings.preprocess)
     near_true, near_found = (some[np.abs(some[:, 0] - z) * spacing <= NEAR_ANGSTROM, 1:] for some in (true, found))
     edge = box_edges((row["size_y"], row["size_x"]), spacing, settings)[0]

@@ -44,22 +44,26 @@ def absolute(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder at `uri`."""
+    """Whether there is a file or folder at `uri`. Raises StorageError if that cannot be told."""
     files, path = filesystem(uri)
-    return bool(files.exists(path))
-
-
-def make_folder(uri: str) -> None:
-    """Make the folder `uri` and its parents; object stores have none to make."""
-    files, path = filesystem(uri)
-    files.makedirs(path, exist_ok=True)
+    try:
+        files.info(path)
+    except FileNotFoundError:
+        return False
+    except IO_ERRORS as error:
+        raise StorageError(f"{uri}: cannot be looked at ({reason(error)})") from None
+    return True
 
 
 def remove(uri: str) -> None:
-    """Remove the file or folder `uri`, if it is there."""
+    """Remove the file or folder `uri`, if it is there. Raises StorageError if that fails."""
+    if not exists(uri):
+        return
     files, path = filesystem(uri)
-    if files.exists(path):
+    try:
         files.rm(path, recursive=True)
+    except IO_ERRORS as error:
+        raise StorageError(f"{uri}: cannot be removed ({reason(error)})") from None
 
 
 def read_bytes(uri: str, *, anonymous: bool = False) -> bytes:

@@ -4,6 +4,9 @@ A block without rows would otherwise lose its types: Ray Data infers ``null`` fo
 Positions are voxels of the stored tomogram in z, y, x; a voxel's index is its centre.
 """
 
+import hashlib
+import json
+
 import pyarrow as pa
 
 MANIFEST = pa.schema(
@@ -75,3 +78,9 @@ MOTORS = pa.schema(
 
 FAILURES = pa.schema([("tomo_id", pa.string()), ("z", pa.int32()), ("uri", pa.string()), ("error", pa.string())])
 """One row per slice, or (z null) whole tomogram, that could not be read."""
+
+
+def table_hash(*tables: pa.Table) -> str:
+    """A short name for the rows of small tables, whatever files they came from."""
+    rows = [table.to_pylist() for table in tables]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]

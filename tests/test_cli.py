@@ -59,6 +59,10 @@ def test_help_lists_all_verbs(arguments, capsys):
     [
         (["detct"], "unknown verb 'detct'; did you mean detect?"),
         ([*TRAIN, "--name", "e"], "--name: given more than once"),
+        ([*TRAIN, "--train.batch_size", "2", "--train.batch-size", "3"], "--train.batch-size: given more than once"),
+        ([*TRAIN, "--train.mixed-precision", "--train.no-mixed-precision"], "mixed-precision: given more than once"),
+        (["simulate", "--out", "s", "--seed", "-1"], "seed -1"),
+        (["demo", "--out", __file__], "cannot be made a folder"),
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
@@ -130,6 +134,38 @@ def test_the_demo_deletes_only_what_a_demo_made(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "was not made by a demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--workers", "0", "--workers 0: expected 1 or more"),
+        ("--name", "", "expected letters"),
+        ("--name", "a/b", "expected letters"),
+    ],
+)
+def test_a_run_that_cannot_be_named_or_staffed_is_refused_before_anything_is_written(
+    archive, tmp_path, capsys, flag, value, complaint
+):
+    labels, runs = str(archive / "train_labels.csv"), tmp_path / "runs"
+    options = {"--archive": str(archive), "--labels": labels, "--storage": str(runs), "--name": "a", flag: value}
+    assert main(["train", *(word for pair in options.items() for word in pair)]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not runs.exists()
+
+
+def test_a_bucket_that_does_not_answer_is_one_sentence(archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for arguments in (
+        ["manifest", "--archive", "s3://lab/tomograms", "--out", str(tmp_path / "m.parquet")],
+        ["manifest", "--archive", str(archive), "--out", "s3://lab/m.parquet"],
+        ["evaluate", "--detections", "s3://lab/found", "--labels", str(archive / "train_labels.csv")],
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("motor-ray: s3://lab/")
 
 
 @pytest.mark.ray

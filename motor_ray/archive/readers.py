@@ -75,10 +75,9 @@ def read_slices(reader: TomogramReader, zs: Sequence[int], threads: int) -> list
     Returns one entry for each of `zs`, in order: the `(y, x)` array, or the error that this slice ended with.
     """
     if isinstance(reader, ReadsTogether) and len(zs) > 1:
-        try:
-            return list(reader.read_slices(zs))
-        except MotorRayError:
-            pass  # one by one, below, it shows which slices are to blame
+        together = _read_together(reader, zs)
+        if together is not None:
+            return together
 
     def attempt(z: int) -> np.ndarray | MotorRayError:
         try:
@@ -90,3 +89,11 @@ def read_slices(reader: TomogramReader, zs: Sequence[int], threads: int) -> list
         return [attempt(z) for z in zs]
     with ThreadPoolExecutor(min(threads, len(zs))) as pool:
         return list(pool.map(attempt, zs))
+
+
+def _read_together(reader: ReadsTogether, zs: Sequence[int]) -> list[np.ndarray | MotorRayError] | None:
+    """The slices `zs`, or None if any cannot be read: one by one, it shows which are to blame."""
+    try:
+        return list(reader.read_slices(zs))
+    except MotorRayError:
+        return None

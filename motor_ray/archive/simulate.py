@@ -112,6 +112,8 @@ def simulate_archive(
     Raises StorageError if `out` is not local or already holds an archive.
     """
     _check(shape, voxel_spacing_angstrom, min(motor_counts, default=0) if motor_counts is not None else None)
+    if seed < 0:
+        raise TomogramError(f"seed {seed}: cannot be drawn from; give 0 or more")
     if tomograms < 1:
         raise StorageError(f"{out}: {tomograms} tomograms cannot be simulated; ask for 1 or more")
     if motor_counts is not None and len(motor_counts) != tomograms:

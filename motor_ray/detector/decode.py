@@ -23,7 +23,7 @@ def decode(prediction: Prediction, max_detections: int, threshold: float) -> lis
     """The best peaks of each frame's heatmap that reach `threshold`, as boxes; at most `max_detections` a frame.
 
     A peak is a cell that no neighbour among the 3 x 3 around it exceeds; of equal neighbours one is reported.
-    A centre in cell ``c`` with offset ``o`` lies at frame pixel ``(c + o) * 4``.
+    A centre in cell ``c`` with offset ``o`` lies at frame pixel ``(c + o) * 4 - 0.5``.
     """
     logits = prediction.heatmap.detach().float()
     width = logits.shape[-1]
@@ -34,7 +34,10 @@ def decode(prediction: Prediction, max_detections: int, threshold: float) -> lis
     scores = best.sigmoid()
     kept = (scores >= threshold) & best.isfinite() & ~_repeats(rows, columns)
     centres = torch.stack([rows, columns], dim=2) + _at(prediction.offset, cells)
-    boxes = HEATMAP_STRIDE * torch.cat([centres, _at(prediction.size, cells).clamp(min=0)], dim=2)
+    # A pixel's index is its centre, so the first cell of 4 pixels reaches from -0.5 to 3.5.
+    boxes = torch.cat(
+        [HEATMAP_STRIDE * centres - 0.5, HEATMAP_STRIDE * _at(prediction.size, cells).clamp(min=0)], dim=2
+    )
     return [Detections(boxes[frame, keep], scores[frame, keep]) for frame, keep in enumerate(kept)]
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import ray
 import ray.data  # sets up the logger that is quietened below
 
+from motor_ray.errors import RunError
+
 LOCAL_SLOTS = 6
 """CPU slots of a Ray on this machine, at least: reading, scoring, training and writing must each get one, or a laptop
 with two cores would wait for ever. The operating system shares the cores."""
@@ -20,20 +22,27 @@ QUIET = {
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """A running Ray: the one that is there, else the cluster of RAY_ADDRESS, else a local one meanwhile."""
+def connected(slots: int = LOCAL_SLOTS) -> Iterator[None]:
+    """A running Ray: the one that is there, else the cluster of RAY_ADDRESS, else one of `slots` CPUs here, meanwhile.
+
+    Raises RunError if the cluster cannot be reached.
+    """
     if ray.is_initialized():
         yield
         return
-    _hush_ray_data()
+    _set_up_ray_data()
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", logging_level=logging.WARNING)
+        try:
+            ray.init(address="auto", logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = os.environ["RAY_ADDRESS"]
+            raise RunError(f"RAY_ADDRESS {where}: no Ray cluster answers ({' '.join(str(error).split())})") from None
     else:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
-            num_cpus=max(LOCAL_SLOTS, cores()),
+            num_cpus=max(LOCAL_SLOTS, slots, cores()),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -54,9 +63,33 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
-def _hush_ray_data() -> None:
-    """Leave the terminal to our own progress; Ray Data's log file keeps everything."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+def require_slots(slots: int, what: str) -> None:
+    """Raises RunError if the cluster has fewer CPUs than `what` takes: Ray would wait for ever."""
+    there = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    if there < slots:
+        raise RunError(f"the cluster has {there} CPUs, {what} take {slots}; ask for fewer, or add nodes")
+
+
+def _set_up_ray_data() -> None:
+    """Leave the terminal to our own progress, while Ray Data's log file keeps everything; and fail rather than hang."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # An actor that cannot start says why; by default Ray tries again for ever.
+    context.actor_init_retry_on_errors = False
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
             handler.setLevel(logging.ERROR)
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost reason of a failure that travelled through Ray, in one line."""
+    worker_failures = getattr(error, "worker_failures", None)
+    if worker_failures:
+        return root_cause(next(iter(worker_failures.values())))
+    inner = getattr(error, "cause", None) or error.__cause__
+    if isinstance(inner, BaseException) and str(inner):
+        return root_cause(inner)
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        # All that is left of what the constructor raised is its traceback, as text.
+        return str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]
+    return " ".join(str(error).split()) or type(error).__name__

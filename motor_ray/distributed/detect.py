@@ -6,10 +6,8 @@
 Rows are slabs all the way, a few megabytes each, so memory does not grow with the archive.
 """
 
-import hashlib
-import json
+import logging
 import math
-import sys
 import time
 from typing import Any
 
@@ -22,13 +20,16 @@ from motor_ray import __version__
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import RunSettings, settings_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
-from motor_ray.distributed.cluster import connected, cores, gpus
+from motor_ray.distributed.cluster import connected, cores, gpus, require_slots, root_cause
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.errors import RunError
+from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.link import failures_of, link_slabs
 from motor_ray.storage import absolute, arrow_filesystem, exists, join, read_json, remove, write_json, write_table
+from motor_ray.tables import table_hash
+
+log = logging.getLogger(__name__)
 
 LINK_SLICES = 1_000_000
 """Slices whose detections are linked at a time: about a hundred megabytes."""
@@ -38,6 +39,9 @@ COMPILE_PAYS_AFTER = 600
 `motor-ray bench model` measured 0.08 s saved a frame."""
 
 SLABS_PER_FILE = 64
+
+TASKS = 2
+"""CPU slots for what comes and goes: reading the plan, writing slabs."""
 
 
 def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, settings: RunSettings) -> dict[str, Any]:
@@ -54,13 +58,14 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     plan = make_plan(manifest, settings.detect.slab_slices)
     run = describe_run(manifest, checkpoint, settings)
     if finished := finished_run(out, run):
-        print(f"{out}: this run is finished already; nothing to do", file=sys.stderr)
+        log.info("%s: this run is finished already; nothing to do", out)
         return finished
-    write_json(join(out, "run.json"), run | {"status": "running"})
-    write_table(plan, join(out, "plan.parquet"))
     started = time.monotonic()
-    remove(join(out, "slabs"))
-    with connected():
+    with connected(slots_for(settings)):
+        require_slots(slots_for(settings), f"{scorers_for(settings)} scorers, a loader and tasks")
+        write_json(join(out, "run.json"), run | {"status": "running"})
+        write_table(plan, join(out, "plan.parquet"))
+        remove(join(out, "slabs"))
         score_slabs(out, plan, model, settings)
     counts = gather(out, manifest, plan, settings, unusable)
     result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
@@ -91,6 +96,7 @@ def finished_run(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
     if not exists(join(out, "run.json")):
         return None
     there = read_json(join(out, "run.json"))
+    there = there if isinstance(there, dict) else {}
     identity = ("settings_hash", "model_sha256", "manifest_hash")
     differing = [name for name in identity if there.get(name) != run[name]]
     if differing:
@@ -99,19 +105,18 @@ def finished_run(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def score_slabs(out: str, plan: pa.Table, model: str, settings: RunSettings) -> None:
-    """Run the pipeline from plan.parquet to slabs/ under `out`."""
+    """Run the pipeline from plan.parquet to slabs/ under `out`. Raises UnfinishedError if it breaks."""
     files, folder = arrow_filesystem(out)
-    scorers = settings.detect.scorers or max(gpus(), 1)
+    scorers, loaders = scorers_for(settings), loaders_for(settings)
     slices = sum(map(len, plan["zs"].to_pylist()))
     with watched("detecting", slices, "slices") as board:
         rows = ray.data.read_parquet(f"{folder}/plan.parquet", filesystem=files)
-        rows = rows.repartition(target_num_rows_per_block=1) if len(plan) > 1 else rows
-        frames = rows.map_batches(
+        frames = rows.repartition(target_num_rows_per_block=1).map_batches(
             LoadSlab,
             fn_constructor_kwargs={"settings": settings},
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=loaders_for(settings, scorers)),
+            compute=ActorPoolStrategy(min_size=1, max_size=loaders),
         )
         slabs = frames.map_batches(
             ScoreFrames,
@@ -121,27 +126,39 @@ def score_slabs(out: str, plan: pa.Table, model: str, settings: RunSettings) -> 
             num_gpus=1 if gpus() else 0,
             compute=ActorPoolStrategy(size=scorers),
         )
-        slabs.write_parquet(f"{folder}/slabs", filesystem=files, min_rows_per_file=SLABS_PER_FILE)
+        try:
+            slabs.write_parquet(f"{folder}/slabs", filesystem=files, min_rows_per_file=SLABS_PER_FILE)
+        except ray.exceptions.RayError as error:
+            raise UnfinishedError(f"{out}: detection stopped: {root_cause(error)}") from error
 
 
-def loaders_for(settings: RunSettings, scorers: int) -> int:
-    """Preprocessing actors: as asked, or what scorers and a few tasks leave of the cluster's CPUs, at most 16 each."""
-    if settings.detect.loaders:
-        return settings.detect.loaders
-    free = int(ray.cluster_resources().get("CPU", 1)) - scorers - 2  # type: ignore[no-untyped-call]
-    return max(1, min(free, 16 * scorers) if gpus() else 1)
+def scorers_for(settings: RunSettings) -> int:
+    """Inference actors: as asked, or one per GPU, or one."""
+    return settings.detect.scorers or max(gpus(), 1)
+
+
+def loaders_for(settings: RunSettings) -> int:
+    """Preprocessing actors, at most: as asked, or 16 per GPU as far as the CPUs go, or one per scorer without GPUs."""
+    scorers = scorers_for(settings)
+    free = int(ray.cluster_resources().get("CPU", 1)) - scorers - TASKS  # type: ignore[no-untyped-call]
+    return settings.detect.loaders or max(1, min(free, 16 * scorers if gpus() else scorers))
+
+
+def slots_for(settings: RunSettings) -> int:
+    """CPU slots that detection takes at least: the scorers', one loader's, and those of tasks that come and go."""
+    return (settings.detect.scorers or 1) + 1 + TASKS
 
 
 def scorer_arguments(
     slices: int, scorers: int, model: str, settings: RunSettings, board: Board | None
 ) -> dict[str, Any]:
     """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
-    work = slices / scorers * (settings.frame.size / 720) ** 2
+    pays = slices / scorers * (settings.frame.size / 720) ** 2 >= COMPILE_PAYS_AFTER
     return {
         "settings": settings,
         "model": model,
         "threads": max(cores() // scorers, 1),
-        "compiled": {"on": True, "off": False, "auto": work >= COMPILE_PAYS_AFTER}[settings.detect.compile],
+        "compiled": {"on": "on", "off": "off", "auto": "if possible" if pays else "off"}[settings.detect.compile],
         "count": board.add if board else None,
     }
 
@@ -149,28 +166,26 @@ def scorer_arguments(
 def gather(out: str, manifest: pa.Table, plan: pa.Table, settings: RunSettings, unusable: pa.Table) -> dict[str, int]:
     """Second pass, over small tables only: link slabs/ into motors.parquet and failures.parquet; returns the counts.
 
-    Raises RunError if the slices that were looked at are not those that were planned.
+    Raises UnfinishedError if the slices that were looked at are not those that were planned.
     """
     files, folder = arrow_filesystem(join(out, "slabs"))
     slabs = pyarrow.dataset.dataset(folder, filesystem=files, format="parquet")
     motors, failures = [], [unusable]
     counts = {"planned": sum(map(len, plan["zs"].to_pylist())), "ok": 0, "missing": 0, "corrupt": 0}
+    looked_at: list[str] = []
     for tomograms in _by_slices(manifest):
         some = slabs.to_table(filter=pyarrow.dataset.field("tomo_id").isin(tomograms["tomo_id"]))
         for status in some["slices"].combine_chunks().flatten().field("status").to_pylist():
             counts[status] += 1
+        looked_at += some["slab_id"].to_pylist()
         motors.append(link_slabs(some, tomograms, settings.link))
         failures.append(failures_of(some, tomograms))
-    if counts["planned"] != counts["ok"] + counts["missing"] + counts["corrupt"]:
-        raise RunError(f"{out}: slices were lost or doubled: {counts}; remove slabs/ and run again")
+    whole = counts["planned"] == counts["ok"] + counts["missing"] + counts["corrupt"]
+    if not whole or sorted(looked_at) != sorted(plan["slab_id"].to_pylist()):
+        raise UnfinishedError(f"{out}: slices were lost or doubled: {counts}; run again")
     write_table(pa.concat_tables(motors), join(out, "motors.parquet"))
     write_table(pa.concat_tables(failures), join(out, "failures.parquet"))
     return counts | {"motors": sum(map(len, motors)), "failures": sum(map(len, failures))}
-
-
-def table_hash(table: pa.Table) -> str:
-    """A short name for the rows of a small table, whatever file they came from."""
-    return hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _by_slices(manifest: pa.Table) -> list[pa.Table]:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from motor_ray.config import RunSettings
 from motor_ray.detector.decode import decode
-from motor_ray.detector.device import autocast_dtype
+from motor_ray.detector.device import autocast_dtype, pins_memory
 from motor_ray.detector.losses import detection_loss
 from motor_ray.detector.model import standardise
 from motor_ray.distributed.samples import Batch, FrameStore, batches
@@ -27,6 +27,7 @@ from motor_ray.slices.targets import Targets
 class Judged(NamedTuple):
     """What the model says of a slice, beside the truth; boxes are ``(n, 4)`` y, x, height, width in frame pixels."""
 
+    slice_id: str
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
     truth: NDArray[np.float64]
@@ -57,12 +58,13 @@ class Learner:
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step; returns the parts of the loss. Raises RunError, before weights change, if it is not finite."""
-        images = standardise(batch.images.to(self.device, memory_format=torch.channels_last, non_blocking=True))
-        targets = Targets(*(target.to(self.device, non_blocking=True) for target in batch.targets))
+        images = standardise(self.here(batch.images))
+        targets = Targets(*map(self.here, batch.targets))
         with self.precision():
             prediction = self.model(images)
         parts = detection_loss(prediction, targets, self.settings.loss)
-        values = {name: float(value.detach()) for name, value in parts.items()}
+        # Together, so that a GPU is waited for once.
+        values = dict(zip(parts, torch.stack(list(parts.values())).detach().tolist(), strict=True))
         if not math.isfinite(values["total"]):
             raise RunError(f"the loss is {values['total']} on slices {', '.join(batch.slice_ids)}; look at them")
         self.optimizer.zero_grad(set_to_none=True)
@@ -72,21 +74,28 @@ class Learner:
         self.schedule.step()
         return values
 
-    @torch.inference_mode()
-    def judge(self, store: FrameStore) -> list[Judged]:
-        """What the model says of every sample of `store`, in order."""
-        self.model.eval()
+    @torch.no_grad()
+    def judge(self, model: nn.Module, store: FrameStore) -> list[Judged]:
+        """What `model`, not wrapped, says of every sample of `store`, in order; workers may have different numbers."""
+        model.eval()
         judged: list[Judged] = []
         for batch in batches(store, range(len(store)), self.settings, epoch=None):
-            images = standardise(batch.images.to(self.device, memory_format=torch.channels_last))
             with self.precision():
-                prediction = self.model(images)
+                prediction = model(standardise(self.here(batch.images)))
             # Every peak counts in a mean average precision, however low; so no threshold.
             found = decode(prediction, self.settings.detect.max_detections, threshold=0.0)
             for boxes, scores in found:
-                truth = store[len(judged)].boxes
-                judged.append(Judged(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), truth))
+                sample = store[len(judged)]
+                found_here = (boxes.double().cpu().numpy(), scores.double().cpu().numpy())
+                judged.append(Judged(sample.slice_id, *found_here, sample.boxes))
         return judged
+
+    def here(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the model's device, images in the layout that convolutions are fastest in."""
+        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        tensor = tensor.contiguous(memory_format=layout)
+        tensor = tensor.pin_memory() if pins_memory(self.device) else tensor
+        return tensor.to(self.device, non_blocking=True)
 
     def precision(self) -> torch.autocast:
         """Where the network computes in bfloat16; float16, all that older GPUs have, would need scaled gradients."""
@@ -94,7 +103,7 @@ class Learner:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
 
     def state(self) -> dict[str, Any]:
-        """What must be restored, beside the weights, to go on as if nothing had happened."""
+        """What must be restored, beside the weights, to go on after an epoch."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:

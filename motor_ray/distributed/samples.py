@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -107,7 +107,7 @@ def pad_to_multiple(plan: pa.Table, number: int) -> pa.Table:
 
 
 class FrameStore:
-    """Samples of a worker, decoded once and kept in a file on its disk until the store is closed.
+    """Samples of a worker, in the order of their ids; decoded once, and kept in a file on its disk until closed.
 
     A frame of 720 x 720 is half a megabyte, so a day's training set fits a disk but not a memory.
     """
@@ -125,11 +125,21 @@ class FrameStore:
         shape = (len(self.ids), settings.model.in_slices, settings.frame.size, settings.frame.size)
         self._frames = np.memmap(file, np.uint8, "r", shape=shape) if self.ids else np.empty(shape, np.uint8)
 
+        # Ray hands rows out in any order; sorted, the same seed makes the same batches.
+        self.order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, place: int) -> Sample:
-        return Sample(self.ids[place], np.asarray(self._frames[place]), self._boxes[place])
+        there = self.order[place]
+        return Sample(self.ids[there], np.asarray(self._frames[there]), self._boxes[there])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give the disk space back."""

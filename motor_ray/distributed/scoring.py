@@ -4,24 +4,36 @@ PLAN row -> LoadSlab (CPU) -> FRAMES row -> ScoreFrames (GPU) -> SLABS row
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torchvision.ops import box_convert, nms
 
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
-from motor_ray.detector.device import pick_device
+from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.inference import prepare
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.tables import SLABS
 
-SAME_MOTOR_IOU = 0.3
-"""Boxes of overlapping frames that share this much show the same motor."""
+
+class Look(NamedTuple):
+    """What the network says of one frame."""
+
+    boxes: NDArray[np.float64]
+    """``(n, 4)`` centre y, x, height and width in frame pixels, best first."""
+
+    scores: NDArray[np.float64]
+    """``(n,)`` in [0, 1]."""
+
+    presence: float
+    """That the frame shows a motor, in [0, 1]."""
+
+    is_sound: bool
+    """False if a number of the answer is not finite."""
 
 
 class ScoreFrames:
@@ -37,16 +49,17 @@ class ScoreFrames:
         model: str,
         *,
         threads: int = 1,
-        compiled: bool = False,
+        compiled: Literal["on", "off", "if possible"] = "off",
         count: Callable[[int], None] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which need not be the cores
         self.settings, self.count = settings, count
+        device = pick_device()
         self.predict = prepare(
             load_checkpoint(model).model,
-            pick_device(),
+            device,
             mixed_precision=settings.detect.mixed_precision,
-            compiled=compiled,
+            compiled=compiled == "on" or (compiled == "if possible" and can_compile(device)),
         )
 
     def __call__(self, frames: pa.Table) -> pa.Table:
@@ -68,40 +81,59 @@ class ScoreFrames:
         return {"slab_id": row["slab_id"], "tomo_id": row["tomo_id"], "slices": slices}
 
     def _score_slices(self, row: Mapping[str, Any], placement: list[Frame]) -> list[dict[str, Any]]:
-        """Presence and detections of each good slice of a FRAMES row, in slice voxels."""
+        """What was found on each good slice of a FRAMES row, in slice voxels."""
         size, tiles = self.settings.frame.size, len(placement)
         pixels = np.frombuffer(row["frames"], np.uint8).reshape(-1, tiles, size, size)
         channels = np.reshape(row["channels"], (-1, self.settings.model.in_slices))
         # (slices, channels, tiles, y, x) -> a batch of (slices * tiles) images
         images = pixels[channels].swapaxes(1, 2).reshape(-1, channels.shape[1], size, size)
-        boxes, presence = self._score_images(images)
+        looks = self._look(images)
+        radius = self.settings.link.merge_distance_angstrom / 2 / (row["voxel_spacing_angstrom"] or 1.0)
         return [
-            merge_tiles(boxes[start : start + tiles], placement, self.settings.detect.max_detections)
-            | {"presence": float(presence[start : start + tiles].max())}
-            for start in range(0, len(images), tiles)
+            slice_of(looks[start : start + tiles], placement, radius, self.settings.detect.max_detections)
+            for start in range(0, len(looks), tiles)
         ]
 
-    def _score_images(self, images: NDArray[np.uint8]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    def _look(self, images: NDArray[np.uint8]) -> list[Look]:
+        """What the network says of each of ``(n, channels, size, size)`` images."""
         detect = self.settings.detect
-        boxes: list[tuple[torch.Tensor, torch.Tensor]] = []
-        presence: list[torch.Tensor] = []
+        looks: list[Look] = []
         for start in range(0, len(images), detect.batch_frames):
             prediction = self.predict(torch.from_numpy(images[start : start + detect.batch_frames]))
-            boxes += decode(prediction, detect.max_detections, detect.score_threshold)
-            presence.append(prediction.presence.sigmoid().cpu())
-        return boxes, torch.cat(presence)
+            sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
+            found = decode(prediction, detect.max_detections, detect.score_threshold)
+            numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), strict=True)
+            for (boxes, scores), (presence, is_sound) in zip(found, numbers, strict=True):
+                looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), presence, is_sound))
+        return looks
 
 
-def merge_tiles(
-    tiles: list[tuple[torch.Tensor, torch.Tensor]], placement: list[Frame], most: int
-) -> dict[str, list[dict[str, float]]]:
-    """The detections of a slice's frames as one list in slice voxels, best first, each motor once."""
-    boxes = torch.cat([torch.from_numpy(f.boxes_to_slice(b)) for f, (b, _) in zip(placement, tiles, strict=True)])
-    scores = torch.cat([scores for _, scores in tiles]).float().cpu()
-    if len(tiles) > 1:
-        corners = box_convert(boxes[:, [1, 0, 3, 2]].float(), "cxcywh", "xyxy")
-        kept = nms(corners, scores, SAME_MOTOR_IOU)[:most]
-        boxes, scores = boxes[kept], scores[kept]
-    names = ("y", "x", "height", "width")
-    rows = zip(boxes.tolist(), scores.tolist(), strict=True)
-    return {"detections": [dict(zip(names, box, strict=True)) | {"score": score} for box, score in rows]}
+def slice_of(looks: list[Look], placement: list[Frame], radius: float, most: int) -> dict[str, Any]:
+    """What was found on a slice, from a look at each of its frames; see `merge_frames`."""
+    if not all(look.is_sound for look in looks):
+        return {"status": "corrupt", "error": "the network's answer is not finite", "presence": None, "detections": []}
+    boxes, scores = merge_frames(looks, placement, radius)
+    columns = np.column_stack([boxes, scores])[:most].tolist()
+    names = ("y", "x", "height", "width", "score")
+    detections = [dict(zip(names, values, strict=True)) for values in columns]
+    return {"presence": max(look.presence for look in looks), "detections": detections}
+
+
+def merge_frames(
+    looks: list[Look], placement: list[Frame], radius: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Boxes ``(n, 4)`` in slice voxels and scores ``(n,)`` of all frames of a slice, best first, each motor once.
+
+    A box is dropped if a better one of another frame has its centre within `radius` voxels: where frames overlap,
+    both show the same motor. Two boxes of one frame are two motors, as they are on a slice of one frame.
+    """
+    boxes = np.concatenate([frame.boxes_to_slice(look.boxes) for look, frame in zip(looks, placement, strict=True)])
+    scores = np.concatenate([look.scores for look in looks])
+    owner = np.repeat(np.arange(len(looks)), [len(look.scores) for look in looks])
+    best_first = np.argsort(-scores, kind="stable")
+    kept: list[int] = []
+    for one in best_first:
+        rivals = [other for other in kept if owner[other] != owner[one]]
+        if not rivals or np.linalg.norm(boxes[rivals, :2] - boxes[one, :2], axis=1).min() > radius:
+            kept.append(one)
+    return boxes[kept], scores[kept]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motor_ray.config import AugmentSettings
+from motor_ray.slices.frame import inside
 
 
 def sample_generator(seed: int, epoch: int, slice_id: str) -> np.random.Generator:
@@ -76,7 +77,7 @@ def move_boxes(boxes: NDArray[np.float64], matrix: NDArray[np.float64], size: in
     zoom = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
     centres = boxes[:, 1::-1] @ matrix[:, :2].T + matrix[:, 2]
     moved = np.column_stack([centres[:, ::-1], boxes[:, 2:] * zoom])
-    return moved[((moved[:, :2] >= 0) & (moved[:, :2] < size)).all(axis=1)]
+    return moved[inside(moved[:, :2], size)]
 
 
 def blur(frame: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:

@@ -98,12 +98,16 @@ def frames_of(
     ]
 
 
+def inside(yx: NDArray[np.float64], size: int) -> NDArray[np.bool_]:
+    """Which of ``(n, 2)`` positions lie on a frame of `size` pixels, edge to edge: from -0.5 to ``size - 0.5``."""
+    return np.asarray(((yx >= -0.5) & (yx < size - 0.5)).all(axis=1))
+
+
 def resample(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
     """A slice ``(y, x)`` at another ``shape``: pixel areas are averaged when it shrinks, interpolated when it grows."""
     if image.shape == shape:
         return image
-    shrinks = shape[0] < image.shape[0]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    method = cv2.INTER_AREA if max(shape) < max(image.shape) else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (shape[1], shape[0]), interpolation=method), dtype=np.uint8)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from motor_ray.config import HEATMAP_STRIDE, TargetSettings
-from motor_ray.slices.frame import Frame
+from motor_ray.slices.frame import Frame, inside
 
 
 class Targets(NamedTuple):
@@ -43,8 +43,7 @@ def boxes_on_frame(
     """
     near = motors[np.abs(motors[:, 0] - z) <= reach_voxels, 1:]
     centres = frame.to_frame(near)
-    centres = centres[((centres >= 0) & (centres < frame.size)).all(axis=1)]
-    return np.pad(centres, ((0, 0), (0, 2)), constant_values=box_pixels)
+    return np.pad(centres[inside(centres, frame.size)], ((0, 0), (0, 2)), constant_values=box_pixels)
 
 
 def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings) -> Targets:
@@ -53,16 +52,18 @@ def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings
     Centres must lie in the frame. Of two boxes centred in one cell the later one counts.
     """
     edge = size // HEATMAP_STRIDE
-    scaled = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) / HEATMAP_STRIDE
-    cells = np.floor(scaled[:, :2]).astype(np.int64)
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    # A pixel's index is its centre, so the first cell of 4 pixels reaches from -0.5 to 3.5.
+    centres, sizes_in_cells = (boxes[:, :2] + 0.5) / HEATMAP_STRIDE, boxes[:, 2:] / HEATMAP_STRIDE
+    cells = np.floor(centres).astype(np.int64)
     if cells.size and (cells.min() < 0 or cells.max() >= edge):
         outside = boxes[((cells < 0) | (cells >= edge)).any(axis=1)][0]
         raise ValueError(f"box centre ({outside[0]:g}, {outside[1]:g}) lies outside a frame of {size} pixels")
     ys, xs = cells.T
     mask, sizes, offsets = (np.zeros((channels, edge, edge), np.float32) for channels in (1, 2, 2))
     mask[0, ys, xs] = 1
-    sizes[:, ys, xs] = scaled[:, 2:].T
-    offsets[:, ys, xs] = (scaled[:, :2] - cells).T
+    sizes[:, ys, xs] = sizes_in_cells.T
+    offsets[:, ys, xs] = (centres - cells).T
     return Targets(
         heatmap=torch.from_numpy(_draw_heatmap(cells, edge, settings.sigma)),
         size=torch.from_numpy(sizes),

@@ -44,11 +44,11 @@ def test_every_frame_of_a_batch_has_its_own_detections_best_first() -> None:
     heatmap = torch.full((3, 1, 12, 12), -5.0)
     heatmap[0, 0, 2, 3], heatmap[0, 0, 8, 8], heatmap[2, 0, 0, 11] = 1.0, 2.0, 3.0
     first, second, third = decode(prediction_of(heatmap), max_detections=5, threshold=0.5)
-    assert first.boxes.tolist() == [[34, 34, 12, 20], [10, 14, 12, 20]]
+    assert first.boxes.tolist() == [[33.5, 33.5, 12, 20], [9.5, 13.5, 12, 20]]
     torch.testing.assert_close(first.scores, torch.tensor([2.0, 1.0]).sigmoid())
     assert second.boxes.shape == (0, 4)
     assert second.scores.shape == (0,)
-    assert third.boxes.tolist() == [[2, 46, 12, 20]]
+    assert third.boxes.tolist() == [[1.5, 45.5, 12, 20]]
 
 
 def test_only_the_best_are_kept_and_none_below_the_threshold() -> None:

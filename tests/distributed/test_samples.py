@@ -110,7 +110,8 @@ def test_epochs_differ_and_validation_is_not_augmented(store, settings):
 def test_batches_come_in_the_order_asked_for_and_each_once(store, settings):
     order = [5, 2, 9, 0, 7, 3]
     seen = [name for batch in batches(store, order, settings, None) for name in batch.slice_ids]
-    assert seen == [store.ids[place] for place in order]
+    assert seen == [store[place].slice_id for place in order]
+    assert seen == [sorted(store.ids)[place] for place in order]
 
 
 def test_slices_that_cannot_be_read_are_left_out_and_reported(damaged, archive, settings):

@@ -1,13 +1,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import settings_from
 from motor_ray.distributed.loading import FRAMES, LoadSlab, with_neighbours
-from motor_ray.distributed.scoring import ScoreFrames, merge_tiles
+from motor_ray.distributed.scoring import Look, ScoreFrames, merge_frames, slice_of
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import SLABS
 
@@ -76,18 +75,45 @@ def test_a_missing_neighbour_is_replaced_by_the_slice_itself(damaged, settings):
     assert loaded["channels"] == [0, 1, 1]
 
 
-def test_several_frames_of_a_slice_give_one_list_in_which_each_motor_stands_once(settings):
+@pytest.fixture
+def placement(settings):
     tiled = changed(settings, frame={"mode": "spacing", "size": 64, "spacing_angstrom": 24.0}).frame
-    placement = frames_of((96, 96), 24.0, tiled)
-    assert len(placement) == 4
-    motor = [48.0, 48.0, 20.0, 20.0]
-    tiles = [
-        (torch.from_numpy(frame.boxes_to_frame([motor])), torch.tensor([score]))
-        for frame, score in zip(placement, (0.4, 0.9, 0.5, 0.6), strict=True)
-    ]
-    [found] = merge_tiles(tiles, placement, most=5)["detections"]
-    assert found["score"] == pytest.approx(0.9)
-    np.testing.assert_allclose([found[name] for name in ("y", "x", "height", "width")], motor, atol=1e-4)
+    frames = frames_of((96, 96), 24.0, tiled)
+    assert len(frames) == 4
+    return frames
+
+
+def looks_at(placement, motors):
+    """What four frames say of motors (y, x, score) in slice voxels that each frame sees whole."""
+    boxes = [frame.boxes_to_frame([[y, x, 20, 20] for y, x, _ in motors]) for frame in placement]
+    scores = np.array([score for *_, score in motors])
+    return [Look(own, scores - 0.01 * number, 0.9, True) for number, own in enumerate(boxes)]
+
+
+def test_several_frames_of_a_slice_give_one_list_in_which_each_motor_stands_once(placement):
+    looks = looks_at(placement, [(48, 48, 0.9), (60, 48, 0.8)])  # nearer than their boxes are wide
+    boxes, scores = merge_frames(looks, placement, radius=8.0)
+    np.testing.assert_allclose(boxes[:, :2], [[48, 48], [60, 48]], atol=1e-6)
+    np.testing.assert_allclose(scores, [0.9, 0.8])
+
+
+def test_two_boxes_of_one_frame_are_two_motors_however_near(placement):
+    look = Look(np.array([[30.0, 30, 20, 20], [33, 30, 20, 20]]), np.array([0.9, 0.8]), 0.9, True)
+    boxes, _ = merge_frames([look], placement[:1], radius=8.0)
+    assert len(boxes) == 2
+
+
+def test_an_answer_that_is_not_finite_is_an_error_of_its_slice_not_an_empty_one(placement):
+    looks = [look._replace(is_sound=number != 2) for number, look in enumerate(looks_at(placement, [(48, 48, 0.9)]))]
+    found = slice_of(looks, placement, radius=8.0, most=5)
+    assert (found["status"], found["detections"]) == ("corrupt", [])
+    assert "not finite" in found["error"]
+
+
+def test_the_best_detections_are_kept(placement):
+    looks = looks_at(placement, [(48, 48, 0.5), (80, 80, 0.9), (20, 20, 0.7)])
+    kept = slice_of(looks, placement, radius=8.0, most=2)["detections"]
+    assert [round(one["score"], 2) for one in kept] == [0.9, 0.7]
 
 
 def test_slices_seen_in_several_frames_are_scored_too(plan, settings, checkpoint):

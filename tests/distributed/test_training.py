@@ -1,6 +1,9 @@
 """Training on a real Ray, on one worker and on two; the optimisation itself is tested without."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
-from motor_ray.distributed.training import check_run, epochs_since_best, plan_part, rank_of, root_cause, train
-from motor_ray.errors import CheckpointError, LabelsError, RunError
+from motor_ray.distributed.cluster import root_cause
+from motor_ray.distributed.training import check_run, plan_part, train
+from motor_ray.distributed.worker import epochs_since_best, rank_of
+from motor_ray.errors import CheckpointError, LabelsError, RunError, UnfinishedError
 
 
 @pytest.fixture
@@ -26,22 +31,27 @@ def quality(*values):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "slices_per_motor"), [(1, 3), (3, 1)])
 def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
-    manifest, archive, settings, tmp_path, workers
+    manifest, archive, settings, tmp_path, workers, slices_per_motor
 ):
+    """With three workers there are fewer validation slices than workers, and still each is judged exactly once."""
+    few = {"slices_per_motor": slices_per_motor, "negatives_per_positive": 0 if workers == 3 else 1}
+    settings = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | few})
     run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=workers, resume=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
+    assert workers == 1 or run["slices"]["validation"] < workers
     assert all(line["n_slices"] == run["slices"]["validation"] for line in lines)
     assert all(line["loss_total"] > 0 and line["images_per_second"] > 0 for line in lines)
     assert run["unread"] == 0
-    best, last = (load_checkpoint(str(tmp_path / "run" / name)) for name in ("best", "last"))
+    best, last, start = (load_checkpoint(str(tmp_path / "run" / name)) for name in ("best", "last", "start"))
     assert best.settings == settings
     assert best.metrics == run["best"]
     assert last.metrics == lines[-1]
-    start = load_checkpoint(run["model"]).model.state_dict()
-    assert all(torch.isfinite(tensor).all() for tensor in start.values())
+    trained = last.model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in trained.values())
+    assert any((tensor != trained[name]).any() for name, tensor in start.model.state_dict().items())
 
 
 @pytest.mark.ray
@@ -58,8 +68,7 @@ def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(manifest, archive
         run(2, resume=False)
     with pytest.raises(RunError, match="was started with another settings_hash"):
         run(3, resume=True)
-    again = run(2, resume=True)
-    assert again["best"] == first["best"]
+    assert run(2, resume=True) == first
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -83,7 +92,7 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive,
 @pytest.mark.usefixtures("ray_here")
 def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, settings, tmp_path):
     wild = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"learning_rate": 1e30}})
-    with pytest.raises(RunError, match=r"training stopped: the loss is (nan|inf) on slices tomo_"):
+    with pytest.raises(UnfinishedError, match=r"training stopped: the loss is (nan|inf) on slices tomo_"):
         train(manifest, archive.labels, wild, str(tmp_path), "run", workers=1, resume=False)
 
 
@@ -92,6 +101,42 @@ def test_weights_that_cannot_be_had_stop_a_run_before_it_starts(manifest, archiv
     with pytest.raises(CheckpointError, match=r"/no/weights\.pt"):
         train(manifest, archive.labels, absent, str(tmp_path), "run", workers=1, resume=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_weights_of_one_that_was_not(archive, settings, tmp_path):
+    longer = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"epochs": 4}})
+    (tmp_path / "run.yaml").write_text(json.dumps(longer.model_dump(mode="json")))  # JSON is YAML
+
+    def command(name: str, *more: str) -> list[str]:
+        data = ["--archive", archive.uri, "--labels", archive.labels_csv, "--config", str(tmp_path / "run.yaml")]
+        return [
+            sys.executable,
+            "-m",
+            "motor_ray.cli",
+            "train",
+            *data,
+            "--storage",
+            str(tmp_path),
+            "--name",
+            name,
+            *more,
+        ]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert driver.poll() is None
+            time.sleep(0.05)
+        driver.kill()
+    assert len(metrics.read_text().splitlines()) < 4
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
+    assert len(metrics.read_text().splitlines()) == 4
+    ends = [load_checkpoint(str(tmp_path / name / "last")).model.state_dict() for name in ("whole", "killed")]
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=0, msg=name)
 
 
 def test_an_archive_without_motors_is_refused_before_anything_starts(manifest, archive, settings, tmp_path):

@@ -57,7 +57,9 @@ def test_without_changes_frame_and_boxes_stay_as_they_are():
 def test_the_input_is_never_changed():
     frame, boxes = spot(50, 70), np.array([[50.0, 70, 20, 20]])
     frame.flags.writeable = boxes.flags.writeable = False
-    augment(frame, boxes, np.random.default_rng(0), RECIPE)
+    changed, _ = augment(frame, boxes, np.random.default_rng(0), RECIPE)
+    assert (changed != frame).any()
+    assert (frame == spot(50, 70)).all()
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_slice_alone():

@@ -1,19 +1,21 @@
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motor_ray.config import HEATMAP_STRIDE, FrameSettings, TargetSettings
+from motor_ray.config import HEATMAP_STRIDE, AugmentSettings, FrameSettings, TargetSettings
 from motor_ray.detector.decode import decode
 from motor_ray.detector.model import Prediction
+from motor_ray.slices.augment import move_boxes, random_transform, warp
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.targets import boxes_on_frame, draw_targets
 
 RECIPE = TargetSettings()
 SIZE = 720
 
-positions = st.floats(0, SIZE, exclude_max=True)
+positions = st.floats(-0.5, SIZE - 0.5, exclude_max=True)
 boxes = st.lists(st.tuples(positions, positions, st.floats(8, 200), st.floats(8, 200)), max_size=4)
 
 
@@ -32,11 +34,39 @@ def test_the_heatmap_is_one_at_each_centre_and_less_everywhere_else(drawn):
 @given(st.tuples(positions, positions, st.floats(8, 200), st.floats(8, 200)))
 def test_decoding_drawn_targets_gives_the_box_back(box):
     targets = draw_targets(np.array([box]), SIZE, RECIPE)
+    [(found, scores)] = decode_drawn(targets)
+    np.testing.assert_allclose(found, [box], atol=1e-3)
+    assert scores[0] > 0.99
+
+
+def decode_drawn(targets):
+    """What a network that predicts `targets` exactly would be decoded to."""
     logits = torch.logit(targets.heatmap, eps=1e-6)
     prediction = Prediction(logits[None], targets.size[None], targets.offset[None], torch.zeros(1))
-    [(found, scores)] = decode(prediction, max_detections=5, threshold=0.5)
-    np.testing.assert_allclose(found, [box], atol=0.5)
-    assert scores[0] > 0.99
+    return decode(prediction, max_detections=5, threshold=0.5)
+
+
+@pytest.mark.parametrize("shape", [(960, 928), (1912, 1847), (96, 96)])
+@pytest.mark.parametrize("corner", [0.0, 1.0])
+def test_a_motor_at_the_edge_of_a_slice_goes_through_frame_targets_and_decoding_and_comes_back(shape, corner):
+    [frame] = frames_of(shape, None, FrameSettings())
+    motor = np.array([[7, *(corner * (edge - 1) for edge in shape)]])
+    boxes = boxes_on_frame(motor, 7, 0.0, frame, RECIPE.box_pixels)
+    [(found, _)] = decode_drawn(draw_targets(boxes, SIZE, RECIPE))
+    np.testing.assert_allclose(frame.boxes_to_slice(found)[:, :2], motor[:, 1:], atol=2e-3)
+
+
+@given(st.integers(0, 2**32), st.floats(120, 600), st.floats(120, 600))
+def test_drawing_moved_boxes_is_moving_what_was_drawn(seed, y, x):
+    still = AugmentSettings(scaling=0, flips=True, rotation_degrees=180)
+    matrix = random_transform(SIZE, np.random.default_rng(seed), still)
+    box = np.array([[y, x, 100, 100]])
+    drawn = draw_targets(box, SIZE, TargetSettings(sigma=6)).heatmap.numpy()
+    as_frame = cv2.resize(255 * drawn[0], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    moved_picture = warp(as_frame[None], matrix)[0]
+    moved_boxes = draw_targets(move_boxes(box, matrix, SIZE), SIZE, TargetSettings(sigma=6)).heatmap[0].numpy()
+    shrunk = cv2.resize(moved_picture, (180, 180), interpolation=cv2.INTER_AREA) / 255
+    assert np.abs(shrunk - moved_boxes).max() < 0.2  # up to a cell of rounding at each end
 
 
 def test_two_motors_in_different_cells_are_both_drawn():
@@ -45,7 +75,7 @@ def test_two_motors_in_different_cells_are_both_drawn():
 
 
 def test_the_gaussian_falls_off_with_sigma():
-    targets = draw_targets(np.array([[362.0, 362.0, 100, 100]]), SIZE, TargetSettings(sigma=3))
+    targets = draw_targets(np.array([[361.5, 361.5, 100, 100]]), SIZE, TargetSettings(sigma=3))
     assert float(targets.heatmap[0, 90, 93]) == pytest.approx(np.exp(-0.5))
 
 
