@@ -25,7 +25,8 @@ ALLOWED = {
     "tables": set(),
     "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress"},
     "demo": BASE | {"archive", "distributed", "results", "progress"},
-    "cli": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
+    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
+    "cli": BASE | {"verbs"},
 }
 """Which rooms, or modules at the top, each may import beside itself."""
 

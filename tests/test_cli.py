@@ -7,11 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
-from motor_ray.cli import VERBS, all_settings, main, parse
+from motor_ray.cli import VERBS, main, parse
 from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError
 from motor_ray.storage import read_table
 from motor_ray.tables import MANIFEST
+from motor_ray.verbs import all_settings
 
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
 

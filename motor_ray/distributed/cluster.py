@@ -53,6 +53,18 @@ def connected(slots: int = LOCAL_SLOTS) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def object_store_limit(megabytes: int) -> Iterator[None]:
+    """Ray Data pipelines that are built in the block hold at most this much at a time between their operators."""
+    options = ray.data.DataContext.get_current().execution_options
+    before = options.resource_limits
+    options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=megabytes * 1_000_000)
+    try:
+        yield
+    finally:
+        options.resource_limits = before
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

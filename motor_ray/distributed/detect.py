@@ -20,7 +20,7 @@ from motor_ray import __version__
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import RunSettings, settings_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
-from motor_ray.distributed.cluster import connected, cores, gpus, require_slots, root_cause
+from motor_ray.distributed.cluster import connected, cores, gpus, object_store_limit, require_slots, root_cause
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.scoring import ScoreFrames
@@ -39,6 +39,13 @@ COMPILE_PAYS_AFTER = 600
 `motor-ray bench model` measured 0.08 s saved a frame."""
 
 SLABS_PER_FILE = 64
+
+SLAB_MEGABYTES = 10
+"""A slab of 16 frames of 720 x 720 has 8."""
+
+SLABS_AHEAD = 8
+"""Slabs per actor that may wait between loading and scoring. Left alone, Ray fills a third of the memory with them:
+98 slabs before a slow scorer, where this leaves 8."""
 
 TASKS = 2
 """CPU slots for what comes and goes: reading the plan, writing slabs."""
@@ -109,7 +116,8 @@ def score_slabs(out: str, plan: pa.Table, model: str, settings: RunSettings) -> 
     files, folder = arrow_filesystem(out)
     scorers, loaders = scorers_for(settings), loaders_for(settings)
     slices = sum(map(len, plan["zs"].to_pylist()))
-    with watched("detecting", slices, "slices") as board:
+    ahead = SLAB_MEGABYTES * SLABS_AHEAD * (scorers + loaders)
+    with watched("detecting", slices, "slices") as board, object_store_limit(ahead):
         rows = ray.data.read_parquet(f"{folder}/plan.parquet", filesystem=files)
         frames = rows.repartition(target_num_rows_per_block=1).map_batches(
             LoadSlab,

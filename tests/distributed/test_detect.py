@@ -1,14 +1,19 @@
-"""The pipeline on a real Ray; what its stages do is tested without."""
+"""The pipeline on a real Ray; what its operators do is tested without."""
 
 import json
+import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import ray
+from ray.data import ActorPoolStrategy
 
 from motor_ray import storage
 from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import make_plan
 from motor_ray.config import settings_from
+from motor_ray.distributed.cluster import object_store_limit
 from motor_ray.distributed.detect import detect, gather, loaders_for, score_slabs, scorer_arguments, settings_of_model
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import ScoreFrames
@@ -141,3 +146,28 @@ def test_a_tables_hash_follows_its_rows_only(archive, settings):
     manifest = make_manifest(archive.uri, settings.archive)
     assert table_hash(manifest) == table_hash(manifest.replace_schema_metadata({"made": "today"}))
     assert table_hash(manifest) != table_hash(manifest.slice(1))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_loading_does_not_run_far_ahead_of_slow_scoring(tmp_path):
+    """What bounds memory, whatever the archive's length: without the limit nearly all rows wait at once."""
+
+    def make(table: pa.Table) -> pa.Table:
+        (tmp_path / f"made {table['id'][0]}").touch()
+        return table.append_column("frames", pa.array([b"0" * 5_000_000], pa.large_binary()))
+
+    class Score:
+        def __call__(self, table: pa.Table) -> pa.Table:
+            time.sleep(0.2)
+            (tmp_path / f"scored {table['id'][0]}").touch()
+            waiting = len(list(tmp_path.glob("made*"))) - len(list(tmp_path.glob("scored*")))
+            return table.select(["id"]).append_column("waiting", pa.array([waiting]))
+
+    with object_store_limit(30):
+        rows = ray.data.from_arrow([pa.table({"id": [place]}) for place in range(60)])
+        frames = rows.map_batches(make, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
+        scored = frames.map_batches(Score, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=1))
+        waiting = [row["waiting"] for row in scored.take_all()]
+    assert len(waiting) == 60
+    assert max(waiting) <= 20
