@@ -4,6 +4,7 @@ Folders are listed a few at a time and the first bytes of one file per tomogram 
 is kept but the pattern of its names, however many slices there are. Links are followed.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,14 +73,21 @@ def discover(archive_uri: str, settings: ArchiveSettings) -> Iterator[Found]:
     if is_file:
         yield _look_at_file(files, root, settings)
         return
-    waiting = [root]
+    waiting, seen = [root], {_real(files, root)}
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
         while waiting:
             # The latest first: a wide archive is not listed whole before its first tomogram is looked at.
             batch, waiting = waiting[-LISTING_THREADS:], waiting[:-LISTING_THREADS]
             for found in pool.map(partial(_look_into, files, settings=settings), batch):
-                waiting += found.folders
+                fresh = {_real(files, folder): folder for folder in found.folders}
+                waiting += [folder for real, folder in fresh.items() if real not in seen]
+                seen |= fresh.keys()
                 yield found
+
+
+def _real(files: fsspec.AbstractFileSystem, folder: str) -> str:
+    """What `folder` is called without links, which may lead back to where one came from."""
+    return os.path.realpath(folder) if isinstance(files, LocalFileSystem) else folder
 
 
 def _look_into(files: fsspec.AbstractFileSystem, folder: str, settings: ArchiveSettings) -> Found:

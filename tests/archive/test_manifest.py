@@ -121,6 +121,12 @@ def test_links_to_tomograms_are_followed(archive: Path, tmp_path: Path) -> None:
         make_manifest(str(tmp_path / "links"), SETTINGS)
 
 
+def test_a_link_that_leads_back_is_not_followed_in_circles(archive: Path) -> None:
+    before = make_manifest(str(archive), ArchiveSettings())
+    (archive / "back").symlink_to(archive)
+    assert make_manifest(str(archive), ArchiveSettings()) == before
+
+
 def test_braces_in_the_names_of_folders_are_kept(tmp_path: Path) -> None:
     write_stack(tmp_path / "{x}" / "tomo_{z}")
     row = make_manifest(str(tmp_path), SETTINGS).to_pylist()[0]
