@@ -198,8 +198,8 @@ class TrainSettings(Settings):
 class DetectSettings(Settings):
     """From slices to scored boxes."""
 
-    score_threshold: float = Field(0.3, ge=0, le=1)
-    """Peaks below this are not reported."""
+    score_threshold: float = Field(0.1, ge=0, le=1)
+    """Peaks below this are not reported. Low, because slices that agree make a motor of weak peaks."""
 
     max_detections: int = Field(20, ge=1)
     """Detections kept per slice, best first."""
@@ -242,8 +242,9 @@ class LinkSettings(Settings):
 class EvaluateSettings(Settings):
     """How detections are compared with labels."""
 
-    threshold: float = Field(0.3, ge=0, le=1)
-    """Score from which a motor counts. Below one half, because F2 forgives a false motor sooner than a missed one."""
+    threshold: float = Field(0.15, ge=0, le=1)
+    """Score from which a motor counts. For scores that are probabilities the best threshold for an F-beta is that
+    F-beta / (1 + beta^2) (Lipton et al. 2014, arXiv 1402.1892): below 0.2 for F2, which forgives a false motor."""
 
     radius_angstrom: float = Field(1000.0, gt=0)
     """A motor within this distance of the truth is a hit (the official metric)."""

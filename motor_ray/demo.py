@@ -38,7 +38,7 @@ def demo_settings() -> RunSettings:
             "targets": {"box_pixels": 40},
             "model": {"backbone": "resnet18", "pretrained": "none", "neck_channels": 64, "head_channels": 32},
             "augment": {"flips": True, "rotation_degrees": 180},
-            "train": {"epochs": 9, "batch_size": 4, "learning_rate": 1e-3, "worker_cpus": cores()},
+            "train": {"epochs": 10, "batch_size": 4, "learning_rate": 1e-3, "worker_cpus": cores()},
         }
     )
 
