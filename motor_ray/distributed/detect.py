@@ -24,7 +24,7 @@ from motor_ray.distributed.cluster import connected, cores, gpus, object_store_l
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import Board, watched
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.errors import RunError, UnfinishedError
+from motor_ray.errors import ManifestError, RunError, UnfinishedError
 from motor_ray.motors.link import failures_of, link_slabs
 from motor_ray.storage import absolute, arrow_filesystem, exists, join, read_json, remove, write_json, write_table
 from motor_ray.tables import table_hash
@@ -57,8 +57,11 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`.
     Under `out` (a path or URI) appear plan.parquet, slabs/, motors.parquet, failures.parquet and run.json. A finished
     run with the same settings, model and manifest is returned as it is; an `out` with another is refused (RunError).
-    `unusable` are FAILURES that came to light before, of tomograms that are not in `manifest`.
+    `unusable` are FAILURES that came to light before, of tomograms that are not in `manifest`; if there are no others,
+    ManifestError says why.
     """
+    if len(manifest) == 0:
+        raise ManifestError(f"no tomogram of the archive can be used: {'; '.join(unusable['error'].to_pylist()[:3])}")
     model, out = absolute(model), absolute(out)
     checkpoint = load_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)

@@ -30,7 +30,7 @@ from motor_ray.distributed.cluster import connected, gpus, require_slots, root_c
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import watched
 from motor_ray.distributed.samples import pad_to_multiple, sample_plan, with_labelled_spacing
-from motor_ray.distributed.worker import rank_of, train_worker
+from motor_ray.distributed.worker import ROWS_AT_A_TIME, rank_of, train_worker
 from motor_ray.errors import LabelsError, RunError, UnfinishedError
 from motor_ray.storage import (
     absolute,
@@ -44,9 +44,6 @@ from motor_ray.storage import (
     write_table,
 )
 from motor_ray.tables import table_hash
-
-ROWS_AT_A_TIME = 8
-"""Slices that are loaded at a time: a few megabytes."""
 
 
 def train(

@@ -32,7 +32,7 @@ SCORES = ("mAP@0.5", "mAP@0.7", "mAP@0.9")
 """The validation metrics by which epochs are compared; the later ones break ties."""
 
 ROWS_AT_A_TIME = 8
-"""Slices that a worker takes from Ray Data at a time: a few megabytes."""
+"""Slices that are loaded, and that a worker takes from Ray Data, at a time: a few megabytes."""
 
 
 def train_worker(job: dict[str, Any]) -> None:

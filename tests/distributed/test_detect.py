@@ -17,7 +17,7 @@ from motor_ray.distributed.cluster import object_store_limit
 from motor_ray.distributed.detect import detect, gather, loaders_for, score_slabs, scorer_arguments, settings_of_model
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.errors import CheckpointError, RunError, UnfinishedError
+from motor_ray.errors import CheckpointError, ManifestError, RunError, UnfinishedError
 from motor_ray.tables import FAILURES, MOTORS, PLAN, table_hash
 
 NONE = FAILURES.empty_table()
@@ -79,6 +79,13 @@ def test_nothing_is_written_before_the_model_is_known_to_be_one(settings, tmp_pa
     manifest = make_manifest(archive.uri, settings.archive)
     with pytest.raises(CheckpointError):
         detect(manifest, NONE, str(tmp_path / "no-model"), str(tmp_path / "run"), settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_archive_of_which_nothing_can_be_used_is_refused_with_the_reason(settings, checkpoint, tmp_path):
+    (tmp_path / "torn.mrc").write_bytes(b"\0" * 100)
+    with pytest.raises(ManifestError, match=r"no tomogram of the archive can be used: .*torn\.mrc"):
+        detect(*find_tomograms(str(tmp_path), settings.archive), checkpoint, str(tmp_path / "run"), settings)
     assert not (tmp_path / "run").exists()
 
 
