@@ -33,11 +33,25 @@ class ArchiveSettings(Settings):
     anonymous: bool = False
     """Read public buckets without credentials."""
 
+    timeout_seconds: float = Field(30.0, gt=0)
+    """A request to object storage that is silent for so long is tried again."""
+
+    attempts: int = Field(8, ge=1)
+    """Tries of a request to object storage, with growing random pauses between them."""
+
     mrc_mode_0: Literal["auto", "int8", "uint8"] = "auto"
-    """MRC mode 0 is int8 by the standard, but many writers meant uint8; 'auto' decides from the grey values."""
+    """MRC mode 0 is int8 by the standard, but many writers meant uint8. 'auto' believes IMOD's stamp and else reads
+    uint8; signed bytes then look wrapped, which `repair` undoes."""
 
     voxel_spacing_angstrom: float | None = Field(None, gt=0)
-    """The true voxel spacing of tomograms whose files do not say it, or say it wrongly."""
+    """The true voxel spacing of tomograms whose files do not say it, or say it wrongly; of an OME-Zarr the finest
+    level's."""
+
+    zarr_level: int = Field(0, ge=0)
+    """Resolution level of OME-Zarr tomograms that is looked at; 0 is the finest."""
+
+    repair: bool = True
+    """Undo wrapped bytes and inverted contrast where the grey values show them."""
 
 
 class FrameSettings(Settings):
@@ -216,11 +230,27 @@ class DetectSettings(Settings):
     mixed_precision: bool = True
     """Compute in bfloat16."""
 
+    exhaustive: bool = False
+    """Look at every slice, not first at every `z_stride`-th and then closely where there may be a motor."""
+
+    z_stride: int | None = Field(None, ge=1)
+    """The first look takes every so-manieth slice. When not given, as many as fit between two looks without a motor
+    of the reach that the model was trained with falling between them."""
+
+    candidate_score: float = Field(0.1, ge=0, le=1)
+    """A detection of the first look with this score or more has the slices around it looked at."""
+
+    good_share: float = Field(0.5, ge=0, le=1)
+    """A tomogram of which a smaller share of slices can be read is listed as a failure."""
+
     loaders: int | None = Field(None, ge=1)
     """Preprocessing actors, at most; chosen from the cluster's CPUs when not given."""
 
+    slabs_per_loader: int = Field(2, ge=1, le=16)
+    """Slabs that a preprocessing actor has in hand at a time, so that it decodes one while it waits for another."""
+
     scorers: int | None = Field(None, ge=1)
-    """Inference actors; one per GPU, or a single one without GPUs, when not given."""
+    """Inference actors, at most; one per GPU, or a single one without GPUs, when not given."""
 
 
 class LinkSettings(Settings):
@@ -292,6 +322,23 @@ def read_settings(path: str | Path) -> RunSettings:
             f"{path}: holds a {type(values).__name__}, expected groups of settings such as 'train: {{epochs: 20}}'"
         )
     return settings_from(values, str(path))
+
+
+HOW_NOT_WHAT = {
+    "archive": {"anonymous", "timeout_seconds", "attempts"},
+    "detect": {"loaders", "slabs_per_loader", "scorers"},
+}
+"""Settings that change how a detection runs, not what it finds: a run may go on with others."""
+
+
+def results_hash(settings: RunSettings) -> str:
+    """A short name for what these settings find: equal for settings that differ only in HOW_NOT_WHAT."""
+    usual = RunSettings()
+    groups = {
+        group: getattr(settings, group).model_copy(update={name: getattr(getattr(usual, group), name) for name in names})
+        for group, names in HOW_NOT_WHAT.items()
+    }
+    return settings_hash(settings.model_copy(update=groups))
 
 
 def settings_hash(settings: Settings) -> str:

@@ -16,6 +16,10 @@ class StorageError(MotorRayError, OSError):
     """A file, folder or bucket cannot be reached, read or written."""
 
 
+class OutageError(StorageError):
+    """Storage did not answer, however often it was asked: it says nothing about the file, so try again later."""
+
+
 class ManifestError(MotorRayError, ValueError):
     """The table of tomograms is empty, malformed or contradicts itself."""
 
@@ -42,6 +46,10 @@ class CheckpointError(MotorRayError, ValueError):
 
 class MetricError(MotorRayError, ValueError):
     """Truth and detections cannot be compared."""
+
+
+class ExportError(MotorRayError, ValueError):
+    """Motors cannot be written in the format, or to the place, that was asked for."""
 
 
 class RunError(MotorRayError, RuntimeError):

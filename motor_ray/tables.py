@@ -18,9 +18,11 @@ MANIFEST = pa.schema(
         ("size_y", pa.int32()),
         ("size_x", pa.int32()),
         ("voxel_spacing_angstrom", pa.float64()),
+        ("chunk_depth", pa.int32()),
     ]
 )
-"""One row per tomogram. The spacing is null where nobody knows it."""
+"""One row per tomogram. The spacing is null where nobody knows it; ``chunk_depth`` is the number of slices that are
+stored together, null where each slice lies by itself."""
 
 PLAN = pa.schema(
     [

@@ -2,7 +2,8 @@ import pyarrow as pa
 import pytest
 
 from motor_ray import storage
-from motor_ray.errors import StorageError
+from motor_ray.config import ArchiveSettings
+from motor_ray.errors import OutageError, StorageError
 from motor_ray.tables import MOTORS
 
 
@@ -63,10 +64,27 @@ def test_an_endpoint_that_does_not_answer_is_one_sentence(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(StorageError, match=r"s3://bucket/a\.json: cannot be read") as caught:
-        storage.read_bytes("s3://bucket/a.json")
+    with pytest.raises(OutageError, match=r"s3://bucket/a\.json: the storage did not answer in 1 attempt \(") as caught:
+        storage.read_bytes("s3://bucket/a.json", ArchiveSettings(attempts=1))
     assert "hidden" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_span_is_what_a_slice_of_the_whole_would_be(folder):
+    uri = storage.join(folder, "a")
+    data = bytes(range(100))
+    storage.write_bytes(uri, data)
+    source = storage.open_source(uri)
+    assert source.read(uri) == data
+    for start, end in [(0, 1), (10, 50), (90, 200), (100, 110), (500, 600)]:
+        assert source.read(uri, start, end) == data[start:end]
+    with pytest.raises(FileNotFoundError):
+        source.read(uri + ".none")
+
+
+def test_a_file_that_the_disk_refuses_is_neither_missing_nor_empty(tmp_path):
+    with pytest.raises(StorageError, match=r": cannot be read \(Is a directory\)"):
+        storage.open_source(str(tmp_path)).read(str(tmp_path))
 
 
 def test_parts_are_joined_with_single_slashes():

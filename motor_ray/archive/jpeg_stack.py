@@ -10,11 +10,12 @@ import struct
 from collections.abc import Iterable
 
 import cv2
-import fsspec
 import numpy as np
+import simplejpeg
 
-from motor_ray.errors import ManifestError, SliceCorruptError, SliceMissingError, StorageError
-from motor_ray.storage import IO_ERRORS, filesystem, reason
+from motor_ray.config import ArchiveSettings
+from motor_ray.errors import ManifestError, SliceCorruptError, SliceMissingError
+from motor_ray.storage import DEFAULTS, Source, failure, open_source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -27,8 +28,8 @@ MAX_SLICES = 65536
 HEADER_BYTES = 65536
 """Holds the size of nearly every image; metadata rarely pushes it farther back."""
 
-# A camera's orientation tag must not turn a slice; ANYDEPTH keeps 16-bit PNGs as they are.
-_DECODE_FLAGS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+# An orientation tag must not turn a slice; ANYDEPTH keeps 16-bit PNGs as they are.
+_FLAGS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -39,36 +40,27 @@ _BARE_MARKERS = frozenset([0x01, *range(0xD0, 0xD8)])
 class JpegStack:
     """A tomogram whose slices are image files. Opening it costs no request."""
 
-    def __init__(
-        self,
-        uri: str,
-        shape: tuple[int, int, int],
-        voxel_spacing_angstrom: float | None = None,
-        *,
-        anonymous: bool = False,
-    ) -> None:
+    def __init__(self, uri: str, shape: tuple[int, int, int], settings: ArchiveSettings = DEFAULTS) -> None:
         self.uri = uri
         self.shape = shape
-        self.voxel_spacing_angstrom = voxel_spacing_angstrom
-        self._files, self._pattern = filesystem(uri, anonymous=anonymous)
+        self.voxel_spacing_angstrom = settings.voxel_spacing_angstrom
+        self._source = open_source(uri, settings)
 
     def read_slice(self, z: int) -> np.ndarray:
         """`(y, x)` grey values of slice `z`: uint8, or uint16 for a 16-bit PNG.
 
         Raises SliceMissingError if the file is not there, SliceCorruptError if it is damaged or not of the stack's
-        size, StorageError if the storage fails.
+        size, StorageError if the storage refuses it, OutageError if the storage does not answer.
         """
         if not 0 <= z < self.shape[0]:
             raise SliceMissingError(f"{self.uri}: there is no slice {z}; the slices are 0 to {self.shape[0] - 1}")
         uri = self.uri.format(z=z)
         try:
-            data = self._files.cat_file(self._pattern.format(z=z))
+            data = bytes(self._source.read(uri))
         except FileNotFoundError:
             raise SliceMissingError(
                 f"{uri}: slice {z} of {self.shape[0]} is not there; restore the file, or renumber the stack from 0"
             ) from None
-        except IO_ERRORS as error:
-            raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
         return decode_image(data, uri, self.shape[1:])
 
 
@@ -89,12 +81,18 @@ def decode_image(data: bytes, uri: str, size: tuple[int, int]) -> np.ndarray:
     if data.rfind(_JPEG_END if data.startswith(_JPEG) else _PNG_END, end) < 0:
         raise SliceCorruptError(f"{uri}: ends after {len(data)} bytes, before its image does; copy the file again")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE_FLAGS)
-    except cv2.error as error:
-        raise SliceCorruptError(f"{uri}: cannot be decoded ({error.err}); copy the file again") from None
+        image = _decode_jpeg(data) if data.startswith(_JPEG) else cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS)
+    except (cv2.error, ValueError) as error:
+        what = getattr(error, "err", error)
+        raise SliceCorruptError(f"{uri}: cannot be decoded ({what}); copy the file again") from None
     if image is None or image.shape != size:
         raise SliceCorruptError(f"{uri}: its pixels cannot be decoded; copy the file again")
     return image
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    """The same pixels as OpenCV's, in 85 % of the time."""
+    return np.asarray(simplejpeg.decode_jpeg(data, "GRAY", fastdct=False, strict=False)[:, :, 0])
 
 
 def image_size(data: bytes, uri: str) -> tuple[int, int]:
@@ -102,28 +100,18 @@ def image_size(data: bytes, uri: str) -> tuple[int, int]:
     return _inspect(data, uri)[0]
 
 
-def read_image_size(files: fsspec.AbstractFileSystem, path: str, uri: str) -> tuple[int, int]:
-    """`(y, x)` of the image at `path`, from a ranged read of its first bytes.
+def read_image_size(source: Source, uri: str) -> tuple[int, int]:
+    """`(y, x)` of the image `uri`, from a ranged read of its first bytes.
 
     Raises SliceCorruptError if it is not a JPEG or PNG image, StorageError if it cannot be read.
     """
     try:
-        data = _first_bytes(files, path)
+        data = bytes(source.read(uri, 0, HEADER_BYTES))
         if data.startswith(_JPEG) and len(data) == HEADER_BYTES and _jpeg_header(data) is None:
-            data = files.cat_file(path)
-    except IO_ERRORS as error:
-        raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
+            data = bytes(source.read(uri))
+    except FileNotFoundError as error:
+        raise failure(uri, "cannot be read", error) from None
     return image_size(data, uri)
-
-
-def _first_bytes(files: fsspec.AbstractFileSystem, path: str) -> bytes:
-    try:
-        return bytes(files.cat_file(path, start=0, end=HEADER_BYTES))
-    except IO_ERRORS:
-        # Object stores refuse a range of an empty file.
-        if files.info(path)["size"] == 0:
-            return b""
-        raise
 
 
 def stack_pattern(names: Iterable[str], folder: str) -> tuple[str, list[int]]:

@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from motor_ray.config import ArchiveSettings
 from motor_ray.errors import LabelsError
-from motor_ray.storage import read_bytes, write_bytes
+from motor_ray.storage import DEFAULTS, read_bytes, write_bytes
 
 AXES = ["Motor axis 0", "Motor axis 1", "Motor axis 2"]
 SHAPE = ["Array shape (axis 0)", "Array shape (axis 1)", "Array shape (axis 2)"]
@@ -63,14 +64,14 @@ class Labels:
         return self.motors.loc[self.motors["tomo_id"] == tomo_id, ["z", "y", "x"]].to_numpy(np.float64)
 
 
-def read_labels(uri: str, *, anonymous: bool = False) -> Labels:
+def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
     """Read a CSV file in the columns of `COLUMNS`: one row per motor, or a single row of -1.
 
     Tomograms and motors keep the file's order; other columns are ignored. Raises LabelsError naming the rows (counted
     from 1 after the header) that are malformed or contradict one another, StorageError if the file cannot be read.
     """
     try:
-        text = read_bytes(uri, anonymous=anonymous).decode("utf-8-sig")
+        text = read_bytes(uri, settings).decode("utf-8-sig")
         # As text, so that a cell that is not a number can be quoted as it stands in the file.
         cells = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:

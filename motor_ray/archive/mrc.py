@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from motor_ray.config import ArchiveSettings
-from motor_ray.errors import SliceCorruptError, SliceMissingError, StorageError, TomogramError
-from motor_ray.storage import IO_ERRORS, filesystem, reason
+from motor_ray.errors import SliceCorruptError, SliceMissingError, TomogramError
+from motor_ray.storage import DEFAULTS, failure, filesystem, open_source
 
 HEADER_BYTES = 1024
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -22,9 +22,6 @@ MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
 MAX_EDGE = 2**20
 """A longer edge is the sign of the wrong byte order, or of no MRC file at all."""
-
-SAMPLES, SAMPLE_BYTES = 5, 65536
-"""How many slices mode 0 is judged by, and how much is read of each."""
 
 _WORDS = (
     "10i6f3i3f2i"  # nx ny nz mode, starts, mx my mz | cella, cellb | mapc mapr maps | dmin dmax dmean | ispg nsymbt
@@ -64,18 +61,18 @@ class MrcHeader:
 class MrcTomogram:
     """An MRC file whose header has been read."""
 
-    def __init__(self, uri: str, header: MrcHeader, *, anonymous: bool = False) -> None:
+    def __init__(self, uri: str, header: MrcHeader, settings: ArchiveSettings = DEFAULTS) -> None:
         self.uri = uri
         self.shape = header.shape
         self.voxel_spacing_angstrom = header.voxel_spacing_angstrom
         self.header = header
-        self._files, self._path = filesystem(uri, anonymous=anonymous)
+        self._source = open_source(uri, settings)
 
     def read_slice(self, z: int) -> np.ndarray:
         """`(y, x)` values of slice `z` in the stored type but this machine's byte order; read-only.
 
         Raises SliceCorruptError if the file ends before the slice does, SliceMissingError if the file is gone,
-        StorageError if the storage fails.
+        StorageError if the storage refuses it, OutageError if the storage does not answer.
         """
         header = self.header
         if not 0 <= z < self.shape[0]:
@@ -88,11 +85,9 @@ class MrcTomogram:
                 f"expected {end}; copy the file again"
             )
         try:
-            data = self._files.cat_file(self._path, start=start, end=end)
+            data = self._source.read(self.uri, start, end)
         except FileNotFoundError:
             raise SliceMissingError(f"{self.uri}: is not there any more; restore it") from None
-        except IO_ERRORS as error:
-            raise StorageError(f"{self.uri}: slice {z} cannot be read ({reason(error)})") from None
         if len(data) < header.slice_bytes:
             raise SliceCorruptError(f"{self.uri}: became shorter while it was read, at slice {z}; leave it in peace")
         values = np.frombuffer(data, header.dtype).reshape(self.shape[1:])
@@ -100,32 +95,30 @@ class MrcTomogram:
 
 
 def open_mrc(uri: str, settings: ArchiveSettings) -> MrcTomogram:
-    """Open the MRC file `uri`: its header is read, and for mode 0 a sample of its values.
+    """Open the MRC file `uri`: its header is read, nothing else.
 
     Raises TomogramError if it is not an MRC file, or one of a kind we do not read.
     """
     header = read_header(uri, settings)
-    if header.dtype == np.int8:
-        dtype = np.dtype(np.int8 if _bytes_are_signed(uri, header, settings) else np.uint8)
-        header = replace(header, dtype=dtype)
-    return MrcTomogram(uri, header, anonymous=settings.anonymous)
+    if header.dtype == np.int8 and not _bytes_are_signed(header, settings):
+        header = replace(header, dtype=np.dtype(np.uint8))
+    return MrcTomogram(uri, header, settings)
 
 
 def read_header(uri: str, settings: ArchiveSettings) -> MrcHeader:
     """Read the header of the MRC file `uri`.
 
     `settings.voxel_spacing_angstrom`, if given, is put in place of what the file says. Raises TomogramError for a
-    compressed, foreign, truncated or unsupported file, StorageError if it cannot be read.
+    compressed, foreign, truncated or unsupported file, StorageError or OutageError if it cannot be read.
     """
-    files, path = filesystem(uri, anonymous=settings.anonymous)
+    files, path = filesystem(uri, settings)
     try:
         file_bytes = int(files.info(path)["size"])
-        # Object stores refuse a range of an empty file.
-        data = files.cat_file(path, start=0, end=HEADER_BYTES) if file_bytes else b""
+        data = bytes(open_source(uri, settings).read(uri, 0, HEADER_BYTES))
     except FileNotFoundError:
         raise TomogramError(f"{uri}: there is no such file; make the manifest again") from None
-    except IO_ERRORS as error:
-        raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
+    except OSError as error:
+        raise failure(uri, "cannot be read", error) from None
     return parse_header(data, file_bytes, uri, settings.voxel_spacing_angstrom)
 
 
@@ -160,36 +153,11 @@ def parse_header(data: bytes, file_bytes: int, uri: str, voxel_spacing_angstrom:
     )
 
 
-def bytes_look_signed(values: np.ndarray) -> bool:
-    """Whether mode 0's `values`, uint8 of any shape, were meant as int8.
-
-    Read with the wrong sign a volume's grey levels wrap: the middle of its histogram is torn apart and lies at both
-    ends. So the values meet across the seam at which the true reading does *not* end: many on both sides of 127|128
-    speak for uint8, many on both sides of 255|0 for int8. Zeros and clipped extremes pile up on the seams themselves
-    in either reading and are not counted. uint8, the commoner of the two, if neither seam says more or if all that
-    crosses 255|0 is a few outliers.
-    """
-    counts = np.bincount(np.ravel(values), minlength=256)
-    inside = min(counts[96:127].sum(), counts[129:160].sum())
-    across = min(counts[1:32].sum(), counts[224:255].sum())
-    return bool(across > max(inside, 0.005 * counts.sum()))
-
-
-def _bytes_are_signed(uri: str, header: MrcHeader, settings: ArchiveSettings) -> bool:
+def _bytes_are_signed(header: MrcHeader, settings: ArchiveSettings) -> bool:
+    """Whether mode 0 is read as int8. Where nobody says so it is not: signed bytes then show, by wrapped values."""
     if settings.mrc_mode_0 != "auto":
         return settings.mrc_mode_0 == "int8"
-    if header.bytes_signed is not None:
-        return header.bytes_signed
-    files, path = filesystem(uri, anonymous=settings.anonymous)
-    n = min(SAMPLE_BYTES, header.slice_bytes)
-    zs = np.unique(np.linspace(0, header.shape[0] - 1, SAMPLES + 2)[1:-1].astype(int)).tolist()
-    starts = [header.data_offset + z * header.slice_bytes + (header.slice_bytes - n) // 2 for z in zs]
-    starts = [start for start in starts if start + n <= header.file_bytes]
-    try:
-        samples = files.cat_ranges([path] * len(starts), starts, [start + n for start in starts], on_error="raise")
-    except IO_ERRORS as error:
-        raise StorageError(f"{uri}: cannot be read ({reason(error)})") from None
-    return bytes_look_signed(np.frombuffer(b"".join(samples), np.uint8))
+    return bool(header.bytes_signed)
 
 
 def _byte_order(data: bytes, uri: str) -> Literal["<", ">"]:

@@ -22,7 +22,7 @@ from motor_ray import storage
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.detector.pretrained import load_tensors, parse_tensors
-from motor_ray.errors import CheckpointError, StorageError
+from motor_ray.errors import CheckpointError, OutageError, StorageError
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
@@ -97,6 +97,8 @@ def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         description = storage.read_json(storage.join(uri, DESCRIPTION))
         _check_description(uri, description)
         data = storage.read_bytes(storage.join(uri, TENSORS))
+    except OutageError:
+        raise
     except StorageError as error:
         raise CheckpointError(
             f"{error}; a checkpoint is a directory of {DESCRIPTION} and {TENSORS}, such as RUN/best"

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from motor_ray import storage
-from motor_ray.errors import CheckpointError, StorageError
+from motor_ray.errors import CheckpointError, OutageError, StorageError
 
 SHOWN = 3
 """Tensors that a message names before it only counts them."""
@@ -56,6 +56,8 @@ def read_tensors(uri: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{uri}: weights come from a .safetensors, .pt or .pth file, or 'imagenet', or 'none'")
     try:
         data = storage.read_bytes(uri)
+    except OutageError:
+        raise
     except StorageError as error:
         raise CheckpointError(f"{error}; give the path or URI of a state dict") from None
     return parse_tensors(data, uri)

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import cv2
-import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from motor_ray.archive.jpeg_stack import (
 from motor_ray.archive.readers import open_tomogram, read_slices
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError, SliceCorruptError, SliceMissingError, StorageError
+from motor_ray.storage import open_source
 
 SIZE = (48, 40)
 
@@ -124,7 +124,7 @@ def test_the_size_is_found_behind_much_metadata_by_reading_on(tmp_path: Path) ->
         data = with_segment(data, 0xE2, bytes(60000))
     path = tmp_path / "a.jpg"
     path.write_bytes(data)
-    assert read_image_size(fsspec.filesystem("file"), str(path), "a.jpg") == SIZE
+    assert read_image_size(open_source(str(path)), str(path)) == SIZE
     with pytest.raises(SliceCorruptError, match="within the image's header"):
         image_size(data[:65536], "a.jpg")
 

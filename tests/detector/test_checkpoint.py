@@ -10,7 +10,7 @@ import torch
 
 import motor_ray
 from motor_ray import storage
-from motor_ray.config import FrameSettings, ModelSettings, RunSettings
+from motor_ray.config import ArchiveSettings, FrameSettings, ModelSettings, RunSettings
 from motor_ray.detector import checkpoint
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from motor_ray.detector.model import Detector
@@ -117,9 +117,9 @@ def test_an_object_store_gets_the_description_last(small_model: SmallModel, monk
     written: list[str] = []
     write_bytes = storage.write_bytes
 
-    def record(uri: str, data: bytes) -> None:
+    def record(uri: str, data: bytes, *settings: ArchiveSettings) -> None:
         written.append(uri)
-        write_bytes(uri, data)
+        write_bytes(uri, data, *settings)
 
     monkeypatch.setattr(storage, "write_bytes", record)
     save_checkpoint("memory://bucket/run/best", small_model(), SETTINGS, {"map_50": 0.5})
