@@ -1,44 +1,51 @@
 """What tomograms lie under a URI: folders of images, MRC files, OME-Zarr groups.
 
-Folders are listed a few at a time and the first bytes of one file per tomogram are read. Of a folder's listing nothing
-is kept but the pattern of its names, however many slices there are. Links are followed.
+Folders are listed a few at a time, and of their tomograms the first bytes of one file each are read, a few at a time as
+well. Of a folder's listing nothing is kept but its folders, the names of its volumes, and the names of its images up to
+as many as a tomogram can have slices. Links are followed.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import chain, islice
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from motor_ray.archive.jpeg_stack import IMAGE_SUFFIXES, escape_pattern, read_image_size, stack_pattern
-from motor_ray.archive.mrc import read_header
+from motor_ray.archive import portal
+from motor_ray.archive.candidates import (
+    ZARR_FILES,
+    Candidate,
+    Kind,
+    Row,
+    file_candidate,
+    kind_of,
+    once_each,
+    stack_candidate,
+    uri_of,
+    volume_candidate,
+)
+from motor_ray.archive.jpeg_stack import MAX_SLICES
+from motor_ray.archive.listing import Entry, entries
 from motor_ray.config import ArchiveSettings
-from motor_ray.errors import ManifestError, MotorRayError, SliceCorruptError, StorageError
-from motor_ray.storage import IO_ERRORS, filesystem, reason
+from motor_ray.errors import ManifestError, MotorRayError, OutageError
+from motor_ray.storage import failure, filesystem
 
-MRC_SUFFIXES = (".mrc", ".rec", ".map")
-COMPRESSED_SUFFIXES = tuple(suffix + packed for suffix in MRC_SUFFIXES for packed in (".gz", ".bz2"))
-"""Looked at as well, so that they are refused and not overlooked."""
+THREADS = 16
+"""Folders that are listed at a time, and tomograms that are looked at."""
 
-ZARR_SUFFIX = ".zarr"
-ZARR_FILES = frozenset(["zarr.json", ".zgroup", ".zarray", ".zattrs"])
-
-LISTING_THREADS = 16
-"""Folders that are looked into at a time."""
-
-SIZE_ATTEMPTS = 5
-"""Images asked for a stack's size, should the first be damaged."""
-
-Row = dict[str, Any]
+PIECE = 256
+"""Tomograms that are handed on together."""
 
 
 @dataclass
 class Found:
-    """What one folder holds."""
+    """A part of what an archive holds."""
 
     tomograms: list[Row] = field(default_factory=list)
     """Rows of MANIFEST."""
@@ -46,172 +53,123 @@ class Found:
     failures: list[Row] = field(default_factory=list)
     """Rows of FAILURES: tomograms that cannot be used."""
 
-    folders: list[str] = field(default_factory=list)
-    """Paths of folders to look into next."""
+    folders: int = 0
+    """Folders that were looked into."""
 
-    def add(self, tomo_id: str, uri: str, describe: Callable[[], Row]) -> None:
-        """A tomogram whose remaining columns come from `describe`, or a failure if that raises."""
-        try:
-            self.tomograms.append({"tomo_id": tomo_id, "uri": uri, **describe()})
-        except MotorRayError as error:
-            self.failures.append({"tomo_id": tomo_id, "z": None, "uri": uri, "error": str(error)})
+    passed_over: int = 0
+    """Folders that hold no tomograms by the layout of the CryoET Data Portal, and were not looked into."""
+
+
+class Listing(NamedTuple):
+    """What lies in one folder."""
+
+    candidates: Iterable[Candidate]
+    folders: list[Entry]
+    passed_over: int = 0
 
 
 def discover(archive_uri: str, settings: ArchiveSettings) -> Iterator[Found]:
-    """What each folder under `archive_uri` holds; one item if that is a single file.
+    """What lies under `archive_uri`, a folder or a single file, a few tomograms at a time.
 
-    Raises ManifestError if there is nothing there, StorageError if a folder cannot be listed.
+    Raises ManifestError if there is nothing there, StorageError if a folder cannot be listed, and OutageError if the
+    storage does not answer.
     """
-    files, root = filesystem(archive_uri, anonymous=settings.anonymous)
+    files, root = filesystem(archive_uri, settings)
     files.invalidate_cache()
     try:
         is_file = files.info(root)["type"] == "file"
     except FileNotFoundError:
         raise ManifestError(f"{archive_uri}: there is nothing here; check the path") from None
-    except IO_ERRORS as error:
-        raise StorageError(f"{archive_uri}: cannot be looked at ({reason(error)})") from None
-    if is_file:
-        yield _look_at_file(files, root, settings)
-        return
-    waiting, seen = [root], {_real(files, root)}
-    with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        while waiting:
-            # The latest first: a wide archive is not listed whole before its first tomogram is looked at.
-            batch, waiting = waiting[-LISTING_THREADS:], waiting[:-LISTING_THREADS]
-            for found in pool.map(partial(_look_into, files, settings=settings), batch):
-                fresh = {_real(files, folder): folder for folder in found.folders}
-                waiting += [folder for real, folder in fresh.items() if real not in seen]
-                seen |= fresh.keys()
-                yield found
-
-
-def _real(files: fsspec.AbstractFileSystem, folder: str) -> str:
-    """What `folder` is called without links, which may lead back to where one came from."""
-    return os.path.realpath(folder) if isinstance(files, LocalFileSystem) else folder
-
-
-def _look_into(files: fsspec.AbstractFileSystem, folder: str, settings: ArchiveSettings) -> Found:
-    found = Found()
-    images = []
-    for path, is_folder in _entries(files, folder):
-        name = _name(path)
-        if name in ZARR_FILES:
-            found = Found()
-            _add_zarr(found, files, folder, settings)
-            return found
-        if name.startswith("."):
-            continue  # what file managers leave behind, such as ._slice_0001.jpg
-        if is_folder and name.endswith(ZARR_SUFFIX):
-            _add_zarr(found, files, path, settings)
-        elif is_folder:
-            found.folders.append(path)
-        elif name.lower().endswith(IMAGE_SUFFIXES):
-            images.append(name)
-        elif name.lower().endswith(MRC_SUFFIXES + COMPRESSED_SUFFIXES):
-            _add_mrc(found, files, path, settings)
-    if images:
-        _add_stack(found, files, folder, images, settings)
-    return found
-
-
-def _look_at_file(files: fsspec.AbstractFileSystem, path: str, settings: ArchiveSettings) -> Found:
-    """A file that the user named: one tomogram, whatever lies beside it. Raises ManifestError for another kind."""
-    found = Found()
-    name = _name(path)
-    if name.lower().endswith(IMAGE_SUFFIXES):
-        uri = _uri(files, path)
-        describe = partial(_describe_stack, files, path, escape_pattern(uri), [0], settings)
-        found.add(_stem(name), uri, describe)
-    elif name.lower().endswith(MRC_SUFFIXES + COMPRESSED_SUFFIXES):
-        _add_mrc(found, files, path, settings)
-    else:
-        known = ", ".join(MRC_SUFFIXES + IMAGE_SUFFIXES)
-        raise ManifestError(f"{_uri(files, path)}: is not a tomogram, expected a folder or a {known} file; convert it")
-    return found
-
-
-def _add_mrc(found: Found, files: fsspec.AbstractFileSystem, path: str, settings: ArchiveSettings) -> None:
-    uri = _uri(files, path)
-
-    def describe() -> Row:
-        header = read_header(uri, settings)
-        return _columns("mrc", header.shape, header.voxel_spacing_angstrom)
-
-    found.add(_stem(_name(path)), uri, describe)
-
-
-def _add_zarr(found: Found, files: fsspec.AbstractFileSystem, path: str, settings: ArchiveSettings) -> None:
-    uri = _uri(files, path)
-
-    def describe() -> Row:
-        from motor_ray.archive.ome_zarr import open_ome_zarr  # zarr takes long to import
-
-        tomogram = open_ome_zarr(uri, settings)
-        return _columns("ome_zarr", tomogram.shape, tomogram.voxel_spacing_angstrom)
-
-    found.add(_name(path).removesuffix(ZARR_SUFFIX).removesuffix(".ome"), uri, describe)
-
-
-def _add_stack(
-    found: Found, files: fsspec.AbstractFileSystem, folder: str, images: list[str], settings: ArchiveSettings
-) -> None:
-    uri = _uri(files, folder)
-
-    def describe() -> Row:
-        pattern, zs = stack_pattern(images, uri)
-        return _describe_stack(
-            files, f"{escape_pattern(folder)}/{pattern}", f"{escape_pattern(uri)}/{pattern}", zs, settings
-        )
-
-    found.add(_name(folder), uri, describe)
-
-
-def _describe_stack(
-    files: fsspec.AbstractFileSystem, path_pattern: str, uri_pattern: str, zs: list[int], settings: ArchiveSettings
-) -> Row:
-    """The columns of a stack; `zs` are the slices that are there. A gap is a missing slice later, not an error now."""
-    for z in zs[:SIZE_ATTEMPTS]:
-        try:
-            size = read_image_size(files, path_pattern.format(z=z), uri_pattern.format(z=z))
-        except SliceCorruptError:
-            if z == zs[:SIZE_ATTEMPTS][-1]:
-                raise
+    except OSError as error:
+        raise failure(archive_uri, "cannot be looked at", error) from None
+    with ThreadPoolExecutor(THREADS) as pool:
+        if is_file:
+            yield _describe([file_candidate(files, root, settings)], pool)
         else:
-            break
-    return {"uri": uri_pattern, **_columns("jpeg_stack", (zs[-1] + 1, *size), settings.voxel_spacing_angstrom)}
+            yield from _walk(files, root, settings, pool)
 
 
-def _columns(format: str, shape: tuple[int, int, int], voxel_spacing_angstrom: float | None) -> Row:
-    size_z, size_y, size_x = shape
-    sizes = {"size_z": size_z, "size_y": size_y, "size_x": size_x}
-    return {"format": format, **sizes, "voxel_spacing_angstrom": voxel_spacing_angstrom}
+def _walk(
+    files: fsspec.AbstractFileSystem, root: str, settings: ArchiveSettings, pool: ThreadPoolExecutor
+) -> Iterator[Found]:
+    waiting = [root]
+    leads_on = _LinkFollower(root) if isinstance(files, LocalFileSystem) else None
+    while waiting:
+        # The latest first: a wide archive is not listed whole before its first tomogram is looked at.
+        batch = waiting[-THREADS:]
+        del waiting[-THREADS:]
+        listings = list(pool.map(partial(_list_folder, files, settings=settings), batch))
+        yield Found(folders=len(batch), passed_over=sum(listing.passed_over for listing in listings))
+        for listing in listings:
+            waiting += [entry.path for entry in listing.folders if leads_on is None or leads_on(entry)]
+        candidates = chain.from_iterable(listing.candidates for listing in listings)
+        while piece := list(islice(candidates, PIECE)):
+            yield _describe(piece, pool)
 
 
-def _entries(files: fsspec.AbstractFileSystem, folder: str) -> Iterator[tuple[str, bool]]:
-    """Path, and whether it is a folder, of everything in `folder`."""
+class _LinkFollower:
+    """Tells which folders of a local disk to look into, so that links lead neither in circles nor anywhere twice.
+
+    It remembers where links led, not where it has been: what is no link is come by only once, except from above
+    through a link.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._entered = {os.path.realpath(root)}
+
+    def __call__(self, folder: Entry) -> bool:
+        real = PurePosixPath(os.path.realpath(folder.path))
+        if not folder.is_link:
+            return str(real) not in self._entered
+        for place in (real, *real.parents):
+            # What is hidden is reached by a link alone.
+            if str(place) in self._entered and not any(part.startswith(".") for part in real.relative_to(place).parts):
+                return False
+        self._entered.add(str(real))
+        return True
+
+
+def _describe(candidates: Sequence[Candidate], pool: ThreadPoolExecutor) -> Found:
+    found = Found()
+    for candidate, outcome in zip(candidates, pool.map(_outcome, candidates), strict=True):
+        names = {"tomo_id": candidate.tomo_id, "uri": candidate.uri}
+        if isinstance(outcome, MotorRayError):
+            found.failures.append({**names, "z": None, "error": str(outcome)})
+        else:
+            found.tomograms.append({**names, **outcome})
+    return found
+
+
+def _outcome(candidate: Candidate) -> Row | MotorRayError:
     try:
-        entries = files.ls(folder, detail=True)
-    except IO_ERRORS as error:
-        raise StorageError(f"{_uri(files, folder)}: cannot be listed ({reason(error)})") from None
-    files.invalidate_cache(folder)  # s3fs would keep the listings of a million objects
-    for entry in entries:
-        path = entry["name"].rstrip("/")
-        if path == folder.rstrip("/"):
-            continue  # S3 consoles make an empty object that stands for the folder
-        kind = entry["type"]
-        yield path, kind == "directory" or (kind != "file" and files.isdir(path))
+        return candidate.describe()
+    except OutageError:
+        raise
+    except MotorRayError as error:
+        return error
 
 
-def _uri(files: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if isinstance(files, LocalFileSystem) else str(files.unstrip_protocol(path))
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _stem(name: str) -> str:
-    for suffix in (*COMPRESSED_SUFFIXES, *MRC_SUFFIXES, *IMAGE_SUFFIXES):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+def _list_folder(files: fsspec.AbstractFileSystem, folder: str, settings: ArchiveSettings) -> Listing:
+    images: list[str] = []
+    volumes: list[tuple[Kind, str]] = []
+    folders: list[Entry] = []
+    of_portal = portal.is_inside(folder)
+    try:
+        for entry in entries(files, folder):
+            if entry.name in ZARR_FILES:
+                return Listing([volume_candidate(files, "ome_zarr", folder, settings)], [])
+            of_portal = of_portal or entry.name in portal.MARKS
+            kind = kind_of(entry)
+            if kind == "folder":
+                folders.append(entry)
+            elif kind == "image":
+                if len(images) <= MAX_SLICES:  # one more says that they are too many
+                    images.append(entry.name)
+            elif kind:
+                volumes.append((kind, entry.path))
+    except OSError as error:
+        raise failure(uri_of(files, folder), "cannot be listed", error) from None
+    wanted = [entry for entry in folders if not (of_portal and entry.name in portal.OTHER_FOLDERS)]
+    stack = [stack_candidate(files, folder, images, settings)] if images else []
+    candidates = (volume_candidate(files, *volume, settings) for volume in once_each(volumes, settings))
+    return Listing(chain(stack, candidates), sorted(wanted), len(folders) - len(wanted))

@@ -10,20 +10,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from motor_ray.archive.discover import MRC_SUFFIXES, ZARR_SUFFIX, discover
+from motor_ray.archive.candidates import MRC_SUFFIXES, ZARR_SUFFIX
+from motor_ray.archive.discover import discover
+from motor_ray.archive.portal import name_apart
 from motor_ray.archive.readers import FORMATS
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError
 from motor_ray.storage import read_bytes, write_bytes
 from motor_ray.tables import FAILURES, MANIFEST
 
+_NULLABLE = ("voxel_spacing_angstrom", "chunk_depth")
+
 
 def make_manifest(archive_uri: str, settings: ArchiveSettings) -> pa.Table:
     """The MANIFEST of every tomogram under `archive_uri`, sorted by tomo_id.
 
     `archive_uri` is an archive, a folder of it, a folder of images, or a single file, local or in object storage. A
-    tomogram is named after its folder (stacks of images) or its file (MRC, OME-Zarr). Raises ManifestError if there
-    is none, if two have the same name, or if any cannot be used; StorageError if a folder cannot be listed.
+    tomogram is named after its folder (stacks of images) or its file (MRC, OME-Zarr); where several in the layout of
+    the CryoET Data Portal share a name, `portal.name_apart` lengthens it. Raises ManifestError if there is none, if
+    two have the same name, or if any cannot be used; StorageError if a folder cannot be listed.
     """
     table, failures = find_tomograms(archive_uri, settings)
     if len(failures):
@@ -37,16 +42,20 @@ def find_tomograms(archive_uri: str, settings: ArchiveSettings) -> tuple[pa.Tabl
     """Like `make_manifest`, but tomograms that cannot be used are rows of FAILURES, the second table, without a z."""
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
-    folders = 0
+    folders = passed_over = 0
     for found in discover(archive_uri, settings):
         rows += found.tomograms
         failures += found.failures
-        folders += 1
+        folders += found.folders
+        passed_over += found.passed_over
     if not rows and not failures:
+        others = f", passed over {passed_over} of the CryoET Data Portal's without any" if passed_over else ""
         raise ManifestError(
-            f"{archive_uri}: holds no tomogram (looked in {folders} folder{'s' if folders > 1 else ''}); expected "
-            f"folders of JPEG or PNG slices, {', '.join(MRC_SUFFIXES)} files or {ZARR_SUFFIX} groups; check the path"
+            f"{archive_uri}: holds no tomogram (looked in {folders} folder{'s' if folders > 1 else ''}{others}); "
+            f"expected folders of JPEG or PNG slices, {', '.join(MRC_SUFFIXES)} files or {ZARR_SUFFIX} groups; "
+            "check the path"
         )
+    name_apart([*rows, *failures])
     _check_names([*rows, *failures], archive_uri)
     return _sorted(rows, MANIFEST), _sorted(failures, FAILURES)
 
@@ -71,9 +80,12 @@ def write_manifest(table: pa.Table, uri: str) -> None:
 def check_manifest(table: pa.Table, source: str = "manifest") -> pa.Table:
     """`table` in exactly MANIFEST's columns and types; other columns are left out.
 
-    Raises ManifestError, naming `source`, for missing columns, values of other types, no rows, repeated names, sizes
-    or spacings that are not positive, or unknown formats. A spacing of NaN becomes null, 'unknown'.
+    Raises ManifestError, naming `source`, for missing columns, values of other types, no rows, repeated names, sizes,
+    spacings or chunk depths that are not positive, or unknown formats. A spacing or chunk depth of NaN becomes null;
+    so does the whole column `chunk_depth` if it is not there.
     """
+    if "chunk_depth" not in table.column_names:
+        table = table.append_column("chunk_depth", pa.nulls(len(table), pa.int32()))
     missing = [name for name in MANIFEST.names if name not in table.column_names]
     if missing:
         plural = "s" if len(missing) > 1 else ""
@@ -84,7 +96,7 @@ def check_manifest(table: pa.Table, source: str = "manifest") -> pa.Table:
     if len(checked) == 0:
         raise ManifestError(f"{source}: has no rows; expected one per tomogram")
     _check_names(checked.select(["tomo_id", "uri"]).to_pylist(), source)
-    for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom"):
+    for name in ("size_z", "size_y", "size_x", *_NULLABLE):
         _refuse(checked, pc.less_equal(checked[name], 0), name, "more than 0", source)
     unknown = pc.invert(pc.is_in(checked["format"], pa.array(FORMATS)))
     _refuse(checked, unknown, "format", f"one of {', '.join(FORMATS)}", source)
@@ -93,20 +105,25 @@ def check_manifest(table: pa.Table, source: str = "manifest") -> pa.Table:
 
 def _cast(column: pa.ChunkedArray, wanted: pa.Field, source: str) -> pa.ChunkedArray:
     text = pa.types.is_string(wanted.type)
+    nullable = wanted.name in _NULLABLE
     try:
         if text and not _is_text(column.type):
             raise pa.ArrowTypeError(f"{column.type} is not text")
+        if nullable:
+            column = _nan_to_null(column.cast(pa.float64()))  # NaN is what pandas makes of null
         column = column.cast(wanted.type)
     except pa.ArrowException as error:
         raise ManifestError(
             f"{source}: the column {wanted.name} holds {column.type}, expected {wanted.type} ({error}); convert it"
         ) from None
-    if pa.types.is_floating(wanted.type):
-        return pc.if_else(pc.is_nan(column), None, column)
-    if column.null_count:
+    if column.null_count and not nullable:
         row = pc.index(pc.is_null(column), True).as_py() + 1
         raise ManifestError(f"{source}: the column {wanted.name} is empty in row {row}; every tomogram needs a value")
     return column
+
+
+def _nan_to_null(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.is_nan(column), None, column)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -12,14 +12,14 @@ import numpy as np
 from motor_ray.archive.jpeg_stack import JpegStack
 from motor_ray.archive.mrc import open_mrc
 from motor_ray.config import ArchiveSettings
-from motor_ray.errors import MotorRayError, TomogramError
+from motor_ray.errors import MotorRayError, OutageError, TomogramError
 
 FORMATS = ("jpeg_stack", "mrc", "ome_zarr")
 """What the manifest's column `format` may say. A stack may hold JPEG or PNG images."""
 
 
 class TomogramReader(Protocol):
-    """A tomogram that is open."""
+    """A tomogram that is open. Several threads may read it at once."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -32,7 +32,7 @@ class TomogramReader(Protocol):
     def read_slice(self, z: int) -> np.ndarray:
         """`(y, x)` values of slice `z` in the stored type; perhaps read-only.
 
-        Raises SliceMissingError or SliceCorruptError, which concern this slice alone, and StorageError.
+        Raises SliceMissingError, SliceCorruptError or StorageError, which concern this slice alone, and OutageError.
         """
 
 
@@ -40,8 +40,8 @@ class TomogramReader(Protocol):
 class ReadsTogether(Protocol):
     """A reader for which neighbouring slices together cost less than one by one."""
 
-    def read_slices(self, zs: Sequence[int]) -> list[np.ndarray]:
-        """The slices `zs`, in order; raises if any of them cannot be read."""
+    def read_slices(self, zs: Sequence[int]) -> list[np.ndarray | MotorRayError]:
+        """The slices `zs`, in order, or what `read_slice` would raise; raises OutageError."""
 
 
 def open_tomogram(uri: str, format: str, shape: tuple[int, int, int], settings: ArchiveSettings) -> TomogramReader:
@@ -52,7 +52,7 @@ def open_tomogram(uri: str, format: str, shape: tuple[int, int, int], settings: 
     """
     reader: TomogramReader
     if format == "jpeg_stack":
-        return JpegStack(uri, shape, settings.voxel_spacing_angstrom, anonymous=settings.anonymous)
+        return JpegStack(uri, shape, settings)
     if format == "mrc":
         reader = open_mrc(uri, settings)
     elif format == "ome_zarr":
@@ -72,16 +72,17 @@ def open_tomogram(uri: str, format: str, shape: tuple[int, int, int], settings: 
 def read_slices(reader: TomogramReader, zs: Sequence[int], threads: int) -> list[np.ndarray | MotorRayError]:
     """Read the slices `zs` on up to `threads` threads.
 
-    Returns one entry for each of `zs`, in order: the `(y, x)` array, or the error that this slice ended with.
+    Returns one entry for each of `zs`, in order: the `(y, x)` array, or the error that this slice ended with. Raises
+    OutageError if the storage does not answer: that says nothing about a slice.
     """
-    if isinstance(reader, ReadsTogether) and len(zs) > 1:
-        together = _read_together(reader, zs)
-        if together is not None:
-            return together
+    if isinstance(reader, ReadsTogether):
+        return reader.read_slices(zs)
 
     def attempt(z: int) -> np.ndarray | MotorRayError:
         try:
             return reader.read_slice(z)
+        except OutageError:
+            raise
         except MotorRayError as error:
             return error
 
@@ -89,11 +90,3 @@ def read_slices(reader: TomogramReader, zs: Sequence[int], threads: int) -> list
         return [attempt(z) for z in zs]
     with ThreadPoolExecutor(min(threads, len(zs))) as pool:
         return list(pool.map(attempt, zs))
-
-
-def _read_together(reader: ReadsTogether, zs: Sequence[int]) -> list[np.ndarray | MotorRayError] | None:
-    """The slices `zs`, or None if any cannot be read: one by one, it shows which are to blame."""
-    try:
-        return list(reader.read_slices(zs))
-    except MotorRayError:
-        return None

@@ -14,6 +14,7 @@ from motor_ray.archive.manifest import check_manifest, find_tomograms, make_mani
 from motor_ray.archive.readers import open_tomogram
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError, StorageError
+from motor_ray.sources import BeyondEndError
 from motor_ray.tables import FAILURES, MANIFEST
 
 SETTINGS = ArchiveSettings()
@@ -65,10 +66,10 @@ def test_every_tomogram_of_an_archive_is_found_whatever_its_format(archive: Path
     assert table.schema == MANIFEST
     rows = {row.pop("tomo_id"): tuple(row.values()) for row in table.to_pylist()}
     assert rows == {
-        "TS_1": (f"{archive}/volumes/run.1/TS_1.rec", "mrc", 4, 5, 6, 13.1),
-        "TS_2": (f"{archive}/volumes/TS_2.ome.zarr", "ome_zarr", 2, 3, 4, None),
-        "tomo_a": (f"{archive}/train/tomo_a/slice_{{z:04d}}.jpg", "jpeg_stack", 5, 20, 30, None),
-        "tomo_b": (f"{archive}/train/tomo_b/slice_{{z:04d}}.jpg", "jpeg_stack", 3, 20, 30, None),
+        "TS_1": (f"{archive}/volumes/run.1/TS_1.rec", "mrc", 4, 5, 6, 13.1, None),
+        "TS_2": (f"{archive}/volumes/TS_2.ome.zarr", "ome_zarr", 2, 3, 4, None, 2),
+        "tomo_a": (f"{archive}/train/tomo_a/slice_{{z:04d}}.jpg", "jpeg_stack", 5, 20, 30, None, None),
+        "tomo_b": (f"{archive}/train/tomo_b/slice_{{z:04d}}.jpg", "jpeg_stack", 3, 20, 30, None, None),
     }
 
 
@@ -150,7 +151,7 @@ def test_empty_files_are_told_from_a_failing_storage_where_their_ranges_are_refu
 
     def refuse(self: Any, path: str, start: int | None = None, end: int | None = None) -> Any:
         if start is not None and files.size(path) == 0:
-            raise OSError(22, "The requested range is not satisfiable")
+            raise BeyondEndError("The requested range is not satisfiable")
         return original(self, path, start, end)
 
     monkeypatch.setattr(type(files), "cat_file", refuse)
@@ -217,7 +218,17 @@ def test_a_manifest_made_by_other_means_is_brought_into_our_types() -> None:
     )
     checked = check_manifest(table)
     assert checked.schema == MANIFEST
-    assert checked.to_pylist() == [dict(zip(MANIFEST.names, ["a", "a.mrc", "mrc", 7, 7, 7, None], strict=True))]
+    assert checked.to_pylist() == [dict(zip(MANIFEST.names, ["a", "a.mrc", "mrc", 7, 7, 7, None, None], strict=True))]
+
+
+def test_a_chunk_depth_may_be_left_out_or_empty_for_some_as_pandas_writes_it() -> None:
+    rows = [ROW, {**ROW, "tomo_id": "b", "chunk_depth": 16}]
+    assert check_manifest(pa.Table.from_pylist([ROW]))["chunk_depth"].to_pylist() == [None]
+    for depths in (pa.array([None, 16]), pa.array([float("nan"), 16.0])):
+        table = pa.Table.from_pylist(rows).append_column("chunk_depth", depths)
+        checked = check_manifest(table)
+        assert checked.schema == MANIFEST
+        assert checked["chunk_depth"].to_pylist() == [None, 16]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +238,8 @@ def test_a_manifest_made_by_other_means_is_brought_into_our_types() -> None:
         ([{"size_y": 0}], "tomo_003acc has 0 in size_y, expected more than 0"),
         ([{"size_z": -3}], "tomo_003acc has -3 in size_z"),
         ([{"voxel_spacing_angstrom": 0.0}], r"tomo_003acc has 0\.0 in voxel_spacing_angstrom"),
+        ([{"chunk_depth": 0}], "tomo_003acc has 0 in chunk_depth, expected more than 0"),
+        ([{"chunk_depth": 2.5}], "the column chunk_depth holds double, expected int32"),
         ([{"format": "tiff"}], "has 'tiff' in format, expected one of jpeg_stack, mrc, ome_zarr"),
         ([{}, {"uri": "other"}], "two tomograms are called tomo_003acc: s3://.* and other; rename"),
         ([{"tomo_id": ""}], "has no tomo_id; every tomogram needs a name"),
