@@ -20,10 +20,10 @@ import tyro
 from motor_ray import __version__
 from motor_ray.config import RunSettings, Settings, read_settings
 from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
-from motor_ray.verbs import Bench, Demo, Detect, Evaluate, Figure, Manifest, Simulate, Train, Verb
+from motor_ray.verbs import Bench, Demo, Detect, Evaluate, Export, Figure, Manifest, Simulate, Train, Verb
 
 VERBS: dict[str, type[Verb]] = {
-    verb.__name__.lower(): verb for verb in (Demo, Simulate, Manifest, Train, Detect, Evaluate, Figure, Bench)
+    verb.__name__.lower(): verb for verb in (Demo, Simulate, Manifest, Train, Detect, Evaluate, Export, Figure, Bench)
 }
 
 

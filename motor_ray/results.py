@@ -4,28 +4,36 @@ Joins archive, slices and motors, which know nothing of one another.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.readers import open_tomogram
 from motor_ray.config import ArchiveSettings, AugmentSettings, EvaluateSettings, RunSettings, settings_from
-from motor_ray.errors import LabelsError, RunError, StorageError
+from motor_ray.errors import ExportError, LabelsError, OutageError, RunError, StorageError
 from motor_ray.motors.evaluate import evaluate
+from motor_ray.motors.export import PLACE, Format, chosen_motors, copick_config, export_files
 from motor_ray.motors.figures import CheckRow, MotorsPanel, dataset_check, motors_figure
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.preprocess import make_frames, to_uint8
 from motor_ray.slices.targets import boxes_on_frame, draw_targets
-from motor_ray.storage import join, read_json, read_table
+from motor_ray.storage import absolute, exists, join, read_json, read_table, write_bytes
 
 Row = dict[str, Any]
 
 NEAR_ANGSTROM = 200.0
 """A picture of a slice marks the motors whose centre lies this near along z."""
+
+WRITERS = 16
+"""Files that are written at a time."""
+
+COPICK_CONFIG = "copick_config.json"
 
 
 def evaluate_run(detections: str, labels: Labels, settings: EvaluateSettings) -> Row:
@@ -53,11 +61,46 @@ def run_settings(detections: str) -> RunSettings:
     where = join(detections, "run.json")
     try:
         run = read_json(where)
+    except OutageError:
+        raise
     except StorageError:
         raise RunError(f"{detections}: holds no run.json; give the --out of a motor-ray detect") from None
     if not isinstance(run, dict) or run.get("status") != "done":
         raise RunError(f"{detections}: that run has not finished; run the same motor-ray detect again")
     return settings_from(run["settings"], where)
+
+
+def export_run(detections: str, to: Format, out: str, settings: EvaluateSettings, *, relion: int) -> Row:
+    """Write the motors of the finished run under `detections` for another program, to `out`; returns what was written.
+
+    `out` becomes a folder for copick and ndjson, else a file; only motors from the threshold on are written. Raises
+    RunError if there is no finished run; ExportError if `out` is there already, if a format in angstrom meets a
+    tomogram without voxel spacing, or STAR a name it cannot hold. Then nothing is written.
+    """
+    run_settings(detections)
+    tomograms = read_table(join(detections, "tomograms.parquet")).to_pylist()
+    failures = read_table(join(detections, "failures.parquet"))
+    unreadable = set(failures.filter(pc.is_null(failures["z"]))["tomo_id"].to_pylist())
+    motors = chosen_motors(read_table(join(detections, "motors.parquet")).to_pandas(), to, settings.threshold)
+    sizes = {row["tomo_id"]: tuple(row[f"size_{axis}"] for axis in PLACE) for row in tomograms}
+    files = export_files(to, motors, sizes, sizes.keys() | unreadable, relion)
+    if to == "copick":
+        files |= {COPICK_CONFIG: copick_config(absolute(out))}
+    if exists(out):
+        raise ExportError(f"{out}: is there already, and nothing is overwritten; remove it or give another --out")
+    uris = [join(out, name) if name else out for name in files]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write_bytes, uris, files.values()))
+    return {
+        "out": out,
+        "to": to,
+        "threshold": settings.threshold,
+        "tomograms": len(sizes.keys() | unreadable),
+        "unreadable": len(unreadable),
+        "with_motors": motors["tomo_id"].nunique(),
+        "motors": len(motors),
+        "files": uris,
+    }
 
 
 def box_edges(slice_shape: tuple[int, int], spacing: float | None, settings: RunSettings) -> tuple[float, float]:

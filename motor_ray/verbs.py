@@ -188,7 +188,7 @@ class Train:
 
         settings = all_settings(self)
         manifest, failures = find_tomograms(self.archive, settings.archive)
-        labels = read_labels(self.labels, anonymous=settings.archive.anonymous)
+        labels = read_labels(self.labels, settings.archive)
         run = train(manifest, labels, settings, self.storage, self.name, workers=self.workers, resume=self.resume)
         names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "unread")
         result = {name: run[name] for name in names} | {"unusable": failures["error"].to_pylist()}
@@ -211,6 +211,9 @@ class Detect:
     manifest: str | None = None
     """Table made by `motor-ray manifest`."""
 
+    dry_run: bool = False
+    """Only say what would be done, fetched and how long it would take, from a sample of half a minute."""
+
     config: str | None = None
     """YAML file of settings; flags win over it."""
 
@@ -219,7 +222,7 @@ class Detect:
     def run(self) -> Result:
         """Detect."""
         from motor_ray.archive.manifest import find_tomograms, read_manifest
-        from motor_ray.distributed.detect import detect
+        from motor_ray.distributed.detect import detect, dry_run
         from motor_ray.tables import FAILURES
 
         if (self.archive is None) == (self.manifest is None):
@@ -229,6 +232,8 @@ class Detect:
             tomograms = (read_manifest(self.manifest), FAILURES.empty_table())
         else:
             tomograms = find_tomograms(str(self.archive), settings.archive)
+        if self.dry_run:
+            return dry_run(*tomograms, self.model, settings), 0
         run = detect(*tomograms, self.model, self.out, settings)
         names = ("tomograms", "slices", "seconds", "counts")
         return {"out": self.out, **{name: run[name] for name in names}}, bool(run["counts"]["failures"])
@@ -258,6 +263,38 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write what `detect` found for another program."""
+
+    detections: str
+    """The --out of a finished `motor-ray detect`."""
+
+    to: Literal["kaggle", "star", "copick", "ndjson", "csv"]
+    """A submission to the Kaggle challenge, RELION's STAR, a copick project, point annotations of the CryoET Data
+    Portal, or a table."""
+
+    out: str
+    """What to write: a folder for copick and ndjson, else a file. It must not be there yet."""
+
+    relion: Literal[4, 5] = 5
+    """Version of RELION that is to read the STAR file. 5 takes angstrom from the tomogram's centre, which hold for any
+    binning; 4 takes voxels, which must be multiplied by the binning that the tomogram had, but needs no voxel
+    spacing."""
+
+    config: str | None = None
+    """YAML file of settings; flags win over it."""
+
+    settings: Annotated[EvaluateFlags, Unprefixed] = EvaluateFlags()
+    """Only motors from `--evaluate.threshold` on are written."""
+
+    def run(self) -> Result:
+        """Export."""
+        from motor_ray.results import export_run
+
+        return export_run(self.detections, self.to, self.out, all_settings(self).evaluate, relion=self.relion), 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """Draw what the network is shown: raw slice, augmented frame, heatmap."""
 
@@ -283,7 +320,7 @@ class Figure:
 
         settings = all_settings(self)
         manifest, failures = find_tomograms(self.archive, settings.archive)
-        labels = read_labels(self.labels, anonymous=settings.archive.anonymous)
+        labels = read_labels(self.labels, settings.archive)
         unusable = failures["error"].to_pylist()
         result = draw_dataset_check(manifest, labels, settings, self.out)
         return result | {"unusable": unusable}, bool(unusable)
@@ -293,24 +330,37 @@ class Figure:
 class Bench:
     """Measure how fast this machine is, as ratios within one run."""
 
-    what: tyro.conf.Positional[Literal["model"]]
-    """What to measure."""
+    what: tyro.conf.Positional[Literal["model", "detect"]]
+    """What to measure: the network, or the pipeline that feeds it from object storage."""
+
+    parts: tuple[Literal["device", "peers", "growth", "model"], ...] = ()
+    """Parts of `bench detect`; all of them when not given."""
 
     out: str | None = None
     """JSON file to write, beside stdout."""
 
     def run(self) -> Result:
         """Measure."""
-        from motor_ray.bench.model import bench_model
         from motor_ray.storage import write_json
 
-        result = bench_model()
+        result = self._measure()
         if self.out:
             write_json(self.out, result)
         return result, 0
 
+    def _measure(self) -> dict[str, Any]:
+        if self.what == "detect":
+            from motor_ray.bench.detect import PARTS, bench_detect
 
-Verb = Demo | Simulate | Manifest | Train | Detect | Evaluate | Figure | Bench
+            return bench_detect(self.parts or PARTS)
+        from motor_ray.bench.model import bench_model
+
+        if self.parts:
+            raise ConfigError("--parts chooses among the parts of `motor-ray bench detect`; leave it out here")
+        return bench_model()
+
+
+Verb = Demo | Simulate | Manifest | Train | Detect | Evaluate | Export | Figure | Bench
 
 
 def all_settings(verb: Any) -> RunSettings:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from motor_ray.cli import VERBS, main, parse
 from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError
-from motor_ray.storage import read_table
-from motor_ray.tables import MANIFEST
+from motor_ray.storage import join, read_table, write_json, write_table
+from motor_ray.tables import FAILURES, MANIFEST, MOTORS
 from motor_ray.verbs import all_settings
 
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
@@ -67,6 +68,7 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
+        (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
     ],
 )
@@ -112,6 +114,21 @@ def test_the_figure_of_the_training_data_is_a_picture(archive, tmp_path, capsys)
     picture = cv2.imread(str(out))
     assert picture is not None
     assert len(np.unique(picture)) > 50
+
+
+def test_an_export_tells_what_it_wrote_and_is_not_written_over(tmp_path, capsys):
+    run, out = str(tmp_path / "run"), str(tmp_path / "submission.csv")
+    row = {"tomo_id": "a", "uri": "u", "format": "mrc", "size_z": 4, "size_y": 5, "size_x": 6}
+    write_json(join(run, "run.json"), {"status": "done", "settings": RunSettings().model_dump(mode="json")})
+    write_table(pa.Table.from_pylist([row], schema=MANIFEST), join(run, "tomograms.parquet"))
+    write_table(MOTORS.empty_table(), join(run, "motors.parquet"))
+    write_table(FAILURES.empty_table(), join(run, "failures.parquet"))
+    command = ["export", "--detections", run, "--to", "kaggle", "--out", out, "--evaluate.threshold", "0.3"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tomograms"], result["motors"], result["threshold"], result["files"]) == (1, 0, 0.3, [out])
+    assert main(command) == 2
+    assert f"{out}: is there already" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
@@ -200,3 +217,6 @@ def test_the_verbs_make_one_story_in_a_shell(tmp_path):
     assert set(scores) == {"slices", "tomograms", "motors"}
     assert isinstance(scores["tomograms"], dict)
     assert scores["tomograms"]["n_tomograms"] == 24
+    for to in ("kaggle", "star", "copick", "ndjson", "csv"):
+        exported = motor_ray("export", "--detections", "found", "--to", to, "--out", to, "--evaluate.threshold", "0")
+        assert exported["tomograms"] == 24

@@ -116,7 +116,7 @@ def best_motors(motors: pd.DataFrame, truth_motors: pd.DataFrame, truth_tomogram
     Returns ``tomo_id, has_motor, score, distance_angstrom``; the score is NaN where nothing was found, the
     distance where nothing was found or there is nothing to find.
     """
-    best = motors.sort_values(["score", "z", "y", "x"], ascending=False).drop_duplicates("tomo_id")
+    best = best_of(motors)
     pairs = best.merge(truth_motors, on="tomo_id", suffixes=("", "_true"))
     steps = pairs[["z", "y", "x"]].to_numpy(dtype=float) - pairs[["z_true", "y_true", "x_true"]].to_numpy(dtype=float)
     nearest = pd.Series(np.linalg.norm(steps, axis=1), index=pairs["tomo_id"]).groupby(level=0).min()
@@ -129,6 +129,11 @@ def best_motors(motors: pd.DataFrame, truth_motors: pd.DataFrame, truth_tomogram
             "distance_angstrom": (nearest.reindex(spacings.index) * spacings).to_numpy(dtype=float),
         }
     )
+
+
+def best_of(motors: pd.DataFrame) -> pd.DataFrame:
+    """The row with the best score of each tomogram; of equally good ones the one that is last in z, y, x."""
+    return motors.sort_values(["score", "z", "y", "x"], ascending=False).drop_duplicates("tomo_id")
 
 
 def count_tomograms(best: pd.DataFrame, threshold: float, radius_angstrom: float) -> Counts:
