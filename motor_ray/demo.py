@@ -50,21 +50,28 @@ def demo(out: str) -> dict[str, Any]:
     """
     folder = fresh_folder(out)
     settings = demo_settings()
-    labels = simulate(folder / "train_archive", TRAIN_COUNTS, seed=420)
     held_out = simulate(folder / "held_out_archive", HELD_OUT_COUNTS, seed=421)
     with connected(slots_for(1, settings)):
-        manifest = make_manifest(str(folder / "train_archive"), settings.archive)
-        run = train(manifest, labels, settings, str(folder / "runs"), "demo", workers=1, resume=False)
+        model = train_demo(folder)
         manifest = make_manifest(str(folder / "held_out_archive"), settings.archive)
         found = str(folder / "detections")
-        detect(manifest, FAILURES.empty_table(), run["model"], found, settings)
+        detect(manifest, FAILURES.empty_table(), model, found, settings)
     scores = evaluate_run(found, held_out, settings.evaluate)
     picture = str(folder / "motors.png")
     names = held_out.tomograms.sort_values("n_motors", ascending=False)["tomo_id"].tolist()
     draw_motors(manifest, held_out, found, [*names[:5], names[-1]], picture)
     show_table(held_out, found, scores, settings.evaluate.threshold)
     tomograms = {name: scores["tomograms"][name] for name in ("f2", "precision", "recall")}
-    return {"tomograms": tomograms, "mAP@0.5": scores["slices"]["mAP@0.5"], "picture": picture, "model": run["model"]}
+    return {"tomograms": tomograms, "mAP@0.5": scores["slices"]["mAP@0.5"], "picture": picture, "model": model}
+
+
+def train_demo(folder: Path) -> str:
+    """Train the demo's detector below `folder`; its checkpoint."""
+    settings = demo_settings()
+    labels = simulate(folder / "train_archive", TRAIN_COUNTS, seed=420)
+    manifest = make_manifest(str(folder / "train_archive"), settings.archive)
+    run = train(manifest, labels, settings, str(folder / "runs"), "demo", workers=1, resume=False)
+    return str(run["model"])
 
 
 def fresh_folder(out: str) -> Path:

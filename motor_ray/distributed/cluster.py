@@ -54,11 +54,11 @@ def connected(slots: int = LOCAL_SLOTS) -> Iterator[None]:
 
 
 @contextmanager
-def object_store_limit(megabytes: int) -> Iterator[None]:
-    """Ray Data pipelines that are built in the block hold at most this much at a time between their operators."""
+def object_store_limit(limit: int) -> Iterator[None]:
+    """Ray Data pipelines that are built in the block hold at most so many bytes at a time between their operators."""
     options = ray.data.DataContext.get_current().execution_options
     before = options.resource_limits
-    options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=megabytes * 1_000_000)
+    options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=limit)
     try:
         yield
     finally:

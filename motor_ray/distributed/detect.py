@@ -1,86 +1,93 @@
 """Bulk detection: a MANIFEST and a checkpoint in, tables of motors out.
 
-    plan.parquet -> LoadSlab (CPU actors) -> ScoreFrames (GPU actors) -> slabs/*.parquet
-    slabs/ -> motors.parquet, failures.parquet, run.json
+    plan.parquet        every k-th slice of every tomogram  -> pipeline -> slabs/
+    second_look.parquet the slices around what was seen     -> pipeline -> slabs/
+    slabs/              -> motors.parquet, failures.parquet, run.json
 
-Rows are slabs all the way, a few megabytes each, so memory does not grow with the archive.
+The same command goes on with a run that broke off, and leaves a finished one alone.
 """
 
 import logging
-import math
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.dataset
+import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy
 
 from motor_ray import __version__
-from motor_ray.archive.plan import make_plan
-from motor_ray.config import RunSettings, settings_hash
+from motor_ray.archive.plan import first_look, make_plan, z_stride
+from motor_ray.config import RunSettings, results_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
-from motor_ray.distributed.cluster import connected, cores, gpus, object_store_limit, require_slots, root_cause
+from motor_ray.distributed.cluster import connected, cores
+from motor_ray.distributed.estimate import estimate
+from motor_ray.distributed.ledger import alone, done_slabs, gather, plan_pieces, settle, slab_pieces
 from motor_ray.distributed.loading import LoadSlab
-from motor_ray.distributed.progress import Board, watched
+from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
+from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
+from motor_ray.distributed.progress import Board, News, watched
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.errors import ManifestError, RunError, UnfinishedError
-from motor_ray.motors.link import failures_of, link_slabs
-from motor_ray.storage import absolute, arrow_filesystem, exists, join, read_json, remove, write_json, write_table
-from motor_ray.tables import table_hash
+from motor_ray.errors import ManifestError, RunError
+from motor_ray.motors.second_look import second_look
+from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json, write_table
+from motor_ray.tables import PLAN, table_hash
 
 log = logging.getLogger(__name__)
 
-LINK_SLICES = 1_000_000
-"""Slices whose detections are linked at a time: about a hundred megabytes."""
+LOOKS = {"first look": "plan.parquet", "second look": "second_look.parquet"}
+"""The passes over an archive, and the files of their plans."""
 
 COMPILE_PAYS_AFTER = 600
 """720 x 720 frames per scorer after which torch.compile has earned back the half minute it takes, on two CPU cores:
 `motor-ray bench model` measured 0.08 s saved a frame."""
 
-SLABS_PER_FILE = 64
-
-SLAB_MEGABYTES = 10
-"""A slab of 16 frames of 720 x 720 has 8."""
-
-SLABS_AHEAD = 8
-"""Slabs per actor that may wait between loading and scoring. Left alone, Ray fills a third of the memory with them:
-98 slabs before a slow scorer, where this leaves 8."""
-
-TASKS = 2
-"""CPU slots for what comes and goes: reading the plan, writing slabs."""
-
 
 def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, settings: RunSettings) -> dict[str, Any]:
-    """Look for motors in every slice of every tomogram of the MANIFEST; returns what run.json says.
+    """Look for motors in every tomogram of the MANIFEST; returns what run.json says.
 
     `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`.
-    Under `out` (a path or URI) appear plan.parquet, slabs/, motors.parquet, failures.parquet and run.json. A finished
-    run with the same settings, model and manifest is returned as it is; an `out` with another is refused (RunError).
-    `unusable` are FAILURES that came to light before, of tomograms that are not in `manifest`; if there are no others,
-    ManifestError says why.
+    Under `out` (a path or URI) appear tomograms.parquet, plan.parquet, slabs/, motors.parquet, failures.parquet and
+    run.json. A run that broke off is gone on with; a finished one with the same settings, model and manifest is
+    returned as it is; an `out` with another is refused (RunError). `unusable` are FAILURES that came to light before,
+    of tomograms that are not in `manifest`; if there are no others, ManifestError says why. Raises RunError if the
+    cluster can never run it, UnfinishedError if it broke or its counts do not add up.
     """
-    if len(manifest) == 0:
-        raise ManifestError(f"no tomogram of the archive can be used: {'; '.join(unusable['error'].to_pylist()[:3])}")
-    model, out = absolute(model), absolute(out)
+    check_tomograms(manifest, unusable)
+    model, out, manifest = absolute(model), absolute(out), manifest.sort_by("tomo_id")
     checkpoint = load_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)
-    plan = make_plan(manifest, settings.detect.slab_slices)
     run = describe_run(manifest, checkpoint, settings)
-    if finished := finished_run(out, run):
+    there = run_at(out, run)
+    if there.get("status") == "done":
         log.info("%s: this run is finished already; nothing to do", out)
-        return finished
+        return there
     started = time.monotonic()
-    with connected(slots_for(settings)):
-        require_slots(slots_for(settings), f"{scorers_for(settings)} scorers, a loader and tasks")
-        write_json(join(out, "run.json"), run | {"status": "running"})
-        write_table(plan, join(out, "plan.parquet"))
-        remove(join(out, "slabs"))
-        score_slabs(out, plan, model, settings)
-    counts = gather(out, manifest, plan, settings, unusable)
+    run["looks"] = there.get("looks", {})
+    with connected(local_slots(settings.detect)), alone(out):
+        job = Job(out, model, manifest, settings, run, plan_pools(room(), settings.detect))
+        job.start()
+        job.look("first look", lambda: first_look(manifest, settings))
+        job.look("second look", job.plan_second_look)
+    counts = gather(out, job.plans(), manifest, settings, unusable)
     result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
     write_json(join(out, "run.json"), result)
     return result
+
+
+def dry_run(manifest: pa.Table, unusable: pa.Table, model: str, settings: RunSettings) -> dict[str, Any]:
+    """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
+    check_tomograms(manifest, unusable)
+    model = absolute(model)
+    settings = settings_of_model(load_checkpoint(model).settings, settings)
+    return estimate(manifest, model, settings) | {"unusable": unusable["error"].to_pylist()}
+
+
+def check_tomograms(manifest: pa.Table, unusable: pa.Table) -> None:
+    """Raises ManifestError, with the reasons, if there is no tomogram to look at."""
+    if len(manifest) == 0:
+        raise ManifestError(f"no tomogram of the archive can be used: {'; '.join(unusable['error'].to_pylist()[:3])}")
 
 
 def settings_of_model(trained: RunSettings, asked: RunSettings) -> RunSettings:
@@ -92,7 +99,7 @@ def describe_run(manifest: pa.Table, checkpoint: Checkpoint, settings: RunSettin
     """What makes two runs the same: tomograms, weights and settings; and who ran it."""
     return {
         "settings": settings.model_dump(mode="json"),
-        "settings_hash": settings_hash(settings),
+        "settings_hash": results_hash(settings),
         "model_sha256": checkpoint.sha256,
         "manifest_hash": table_hash(manifest),
         "tomograms": len(manifest),
@@ -101,105 +108,155 @@ def describe_run(manifest: pa.Table, checkpoint: Checkpoint, settings: RunSettin
     }
 
 
-def finished_run(out: str, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The run.json of a finished run under `out`, None if there is none. Raises RunError if `out` is another run's."""
+def run_at(out: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The run.json under `out`, empty if there is none. Raises RunError if `out` is another run's."""
     if not exists(join(out, "run.json")):
-        return None
+        return {}
     there = read_json(join(out, "run.json"))
     there = there if isinstance(there, dict) else {}
     identity = ("settings_hash", "model_sha256", "manifest_hash")
     differing = [name for name in identity if there.get(name) != run[name]]
     if differing:
         raise RunError(f"{out}: holds a run with another {' and '.join(differing)}; give --out another folder")
-    return there if there.get("status") == "done" else None
+    return there
 
 
-def score_slabs(out: str, plan: pa.Table, model: str, settings: RunSettings) -> None:
-    """Run the pipeline from plan.parquet to slabs/ under `out`. Raises UnfinishedError if it breaks."""
-    files, folder = arrow_filesystem(out)
-    scorers, loaders = scorers_for(settings), loaders_for(settings)
-    slices = sum(map(len, plan["zs"].to_pylist()))
-    ahead = SLAB_MEGABYTES * SLABS_AHEAD * (scorers + loaders)
-    with watched("detecting", slices, "slices") as board, object_store_limit(ahead):
-        rows = ray.data.read_parquet(f"{folder}/plan.parquet", filesystem=files)
-        frames = rows.repartition(target_num_rows_per_block=1).map_batches(
-            LoadSlab,
-            fn_constructor_kwargs={"settings": settings},
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=loaders),
-        )
-        slabs = frames.map_batches(
-            ScoreFrames,
-            fn_constructor_kwargs=scorer_arguments(slices, scorers, model, settings, board),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_gpus=1 if gpus() else 0,
-            compute=ActorPoolStrategy(size=scorers),
-        )
-        try:
-            slabs.write_parquet(f"{folder}/slabs", filesystem=files, min_rows_per_file=SLABS_PER_FILE)
-        except ray.exceptions.RayError as error:
-            raise UnfinishedError(f"{out}: detection stopped: {root_cause(error)}") from error
+class Job:
+    """A run that is under way: the same archive is looked at twice."""
+
+    def __init__(
+        self, out: str, model: str, manifest: pa.Table, settings: RunSettings, run: dict[str, Any], pools: Pools
+    ) -> None:
+        self.out, self.model, self.manifest, self.settings = out, model, manifest, settings
+        self.run, self.pools = run, pools
+        # What Ray Data notes as done holds for one model, one archive and one set of settings only.
+        identity = f"{run['model_sha256'][:12]}-{run['settings_hash']}-{run['manifest_hash']}"
+        self.notes = join(out, "checkpoints", identity)
+
+    def start(self) -> None:
+        """Write what a run begins with, and mend what one that broke off left behind."""
+        write_json(join(self.out, "run.json"), self.run | {"status": "running"})
+        write_table(self.manifest, join(self.out, "tomograms.parquet"))
+        settle(join(self.out, "slabs"), self.notes)
+
+    def plans(self) -> list[str]:
+        """URIs of the plans of both looks."""
+        return [join(self.out, name) for name in LOOKS.values()]
+
+    def look(self, name: str, make_plan: Callable[[], Iterable[pa.Table]]) -> None:
+        """Score the slabs of a look that are not done; its plan is made by `make_plan` if it is not there yet."""
+        places = Places(join(self.out, LOOKS[name]), join(self.out, "slabs"), self.notes)
+        if not exists(places.plan):
+            write_plan(make_plan(), places.plan)
+        tally = Tally(self.manifest, places.plan, done_slabs(self.notes))
+        if name in self.run["looks"] and not tally.left:
+            return
+        self._balance()
+        load_seconds = self._score(name, places, tally) if tally.left else 0.0
+        self.run["looks"][name] = tally.summary(load_seconds, self.pools)
+        write_json(join(self.out, "run.json"), self.run | {"status": "running"})
+
+    def plan_second_look(self) -> Iterable[pa.Table]:
+        """The PLAN of what is worth a closer look, in pieces."""
+        detect = self.settings.detect
+        for tomograms, slabs in slab_pieces(join(self.out, "slabs"), self.manifest):
+            rows = tomograms.to_pylist()
+            sizes = {row["tomo_id"]: row["size_z"] for row in rows}
+            strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], self.settings) for row in rows}
+            yield make_plan(rows, second_look(slabs, sizes, strides, detect), detect.slab_slices)
+
+    def _balance(self) -> None:
+        """From the second look on it is known how many loaders a scorer needs; unless it was said."""
+        rates = [said for said in self.run["looks"].values() if "score_seconds_per_slice" in said]
+        if rates and not self.settings.detect.loaders:
+            self.pools = self.pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
+
+    def _score(self, name: str, places: Places, tally: "Tally") -> float:
+        with watched(name, tally.slices, "slices", tally.tell) as board:
+            loader = Stage(LoadSlab, {"settings": self.settings, "count": board.count})
+            scorer = Stage(ScoreFrames, self._scorer_arguments(tally.left, board))
+            load_seconds = run_pipeline(places, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
+            tally.tell(board.read())
+        return load_seconds
+
+    def _scorer_arguments(self, slices: int, board: Board) -> dict[str, Any]:
+        """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
+        scorers = self.pools.scorers
+        return {
+            "settings": self.settings,
+            "model": self.model,
+            "threads": max(cores() // scorers, 1),
+            "compiled": compilation(slices // scorers, self.settings),
+            "report": board.tick,
+        }
 
 
-def scorers_for(settings: RunSettings) -> int:
-    """Inference actors: as asked, or one per GPU, or one."""
-    return settings.detect.scorers or max(gpus(), 1)
+def compilation(slices: int, settings: RunSettings) -> Literal["on", "off", "if possible"]:
+    """Whether a scorer of so many `slices` compiles its network: as asked, or if that pays."""
+    if settings.detect.compile != "auto":
+        return settings.detect.compile
+    return "if possible" if slices * (settings.frame.size / 720) ** 2 >= COMPILE_PAYS_AFTER else "off"
 
 
-def loaders_for(settings: RunSettings) -> int:
-    """Preprocessing actors, at most: as asked, or 16 per GPU as far as the CPUs go, or one per scorer without GPUs."""
-    scorers = scorers_for(settings)
-    free = int(ray.cluster_resources().get("CPU", 1)) - scorers - TASKS  # type: ignore[no-untyped-call]
-    return settings.detect.loaders or max(1, min(free, 16 * scorers if gpus() else scorers))
+def write_plan(pieces: Iterable[pa.Table], uri: str) -> None:
+    """Write the PLAN in `pieces` to the parquet file `uri`, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, PLAN) as writer:
+        for piece in pieces:
+            writer.write_table(piece)
+    write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def slots_for(settings: RunSettings) -> int:
-    """CPU slots that detection takes at least: the scorers', one loader's, and those of tasks that come and go."""
-    return (settings.detect.scorers or 1) + 1 + TASKS
+class Tally:
+    """How far a look is: slices and tomograms, from what is planned, what was done before and what a board says."""
 
+    def __init__(self, manifest: pa.Table, plan: str, done: set[str]) -> None:
+        self.slices = self.before = 0
+        self.unseen: Counter[str] = Counter()
+        for _, slabs in plan_pieces([plan], manifest):
+            for slab in slabs.select(["slab_id", "tomo_id", "zs"]).to_pylist():
+                slices = len(slab["zs"])
+                self.slices += slices
+                is_done = slab["slab_id"] in done
+                self.before += slices if is_done else 0
+                self.unseen[slab["tomo_id"]] += 0 if is_done else slices
+        self.tomograms, self.finished = len(self.unseen), sum(not left for left in self.unseen.values())
+        self.news = News(0, "", {}, {}, 0.0, None)
 
-def scorer_arguments(
-    slices: int, scorers: int, model: str, settings: RunSettings, board: Board | None
-) -> dict[str, Any]:
-    """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
-    pays = slices / scorers * (settings.frame.size / 720) ** 2 >= COMPILE_PAYS_AFTER
-    return {
-        "settings": settings,
-        "model": model,
-        "threads": max(cores() // scorers, 1),
-        "compiled": {"on": "on", "off": "off", "auto": "if possible" if pays else "off"}[settings.detect.compile],
-        "count": board.add if board else None,
-    }
+    @property
+    def left(self) -> int:
+        """Slices that are still to be looked at."""
+        return self.slices - self.before
 
+    def tell(self, news: News) -> tuple[int, str]:
+        """Slices that are done, and the rest in words."""
+        for tomo_id, slices in news.ticks.items():
+            left = self.unseen[tomo_id]
+            self.unseen[tomo_id] = left - slices
+            self.finished += left > 0 >= left - slices
+        self.news = news
+        rate = f", {self._rate():.0f} slices/s" if news.steady else ""
+        # A slab that is looked at again because an actor was lost is counted again.
+        return min(self.before + news.done, self.slices), f"{self.finished:,} of {self.tomograms:,} tomograms{rate}"
 
-def gather(out: str, manifest: pa.Table, plan: pa.Table, settings: RunSettings, unusable: pa.Table) -> dict[str, int]:
-    """Second pass, over small tables only: link slabs/ into motors.parquet and failures.parquet; returns the counts.
+    def _rate(self) -> float:
+        steady = self.news.steady
+        return steady.done / steady.span if steady else 0.0
 
-    Raises UnfinishedError if the slices that were looked at are not those that were planned.
-    """
-    files, folder = arrow_filesystem(join(out, "slabs"))
-    slabs = pyarrow.dataset.dataset(folder, filesystem=files, format="parquet")
-    motors, failures = [], [unusable]
-    counts = {"planned": sum(map(len, plan["zs"].to_pylist())), "ok": 0, "missing": 0, "corrupt": 0}
-    looked_at: list[str] = []
-    for tomograms in _by_slices(manifest):
-        some = slabs.to_table(filter=pyarrow.dataset.field("tomo_id").isin(tomograms["tomo_id"]))
-        for status in some["slices"].combine_chunks().flatten().field("status").to_pylist():
-            counts[status] += 1
-        looked_at += some["slab_id"].to_pylist()
-        motors.append(link_slabs(some, tomograms, settings.link))
-        failures.append(failures_of(some, tomograms))
-    whole = counts["planned"] == counts["ok"] + counts["missing"] + counts["corrupt"]
-    if not whole or sorted(looked_at) != sorted(plan["slab_id"].to_pylist()):
-        raise UnfinishedError(f"{out}: slices were lost or doubled: {counts}; run again")
-    write_table(pa.concat_tables(motors), join(out, "motors.parquet"))
-    write_table(pa.concat_tables(failures), join(out, "failures.parquet"))
-    return counts | {"motors": sum(map(len, motors)), "failures": sum(map(len, failures))}
-
-
-def _by_slices(manifest: pa.Table) -> list[pa.Table]:
-    """The manifest in pieces of about LINK_SLICES slices."""
-    per_piece = max(1, math.floor(LINK_SLICES * len(manifest) / max(sum(manifest["size_z"].to_pylist()), 1)))
-    return [manifest.slice(start, per_piece) for start in range(0, len(manifest), per_piece)]
+    def summary(self, load_seconds: float, pools: Pools) -> dict[str, Any]:
+        """What run.json says of a look that is done: rates of each actor, and how busy the scorers were."""
+        said: dict[str, Any] = {
+            "slices": self.slices,
+            "done_before": self.before,
+            "loaders": pools.loaders,
+            "scorers": pools.scorers,
+            "retries": self.news.counts.get("retries", 0) + retries(),
+        }
+        if not (steady := self.news.steady):
+            return said
+        return said | {
+            "slices_per_second": round(self._rate(), 2),
+            "load_seconds_per_slice": round(load_seconds / self.news.done, 6),
+            "score_seconds_per_slice": round(self.news.seconds / self.news.done, 6),
+            "scorers_busy": round(steady.seconds / (pools.scorers * steady.span), 3),
+        }

@@ -6,91 +6,113 @@ One row in, one row out, whatever happens to its slices: a slice that cannot be 
 so that counts add up and a row keeps its id from the plan to the file.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from motor_ray.archive.readers import open_tomogram, read_slices
+from motor_ray.archive.readers import TomogramReader, open_tomogram, read_slices
 from motor_ray.config import RunSettings
-from motor_ray.errors import MotorRayError, SliceMissingError
+from motor_ray.distributed.frames import frames_table
+from motor_ray.errors import MotorRayError, OutageError, SliceMissingError
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import make_frames
-from motor_ray.tables import PLAN
-
-FRAMES = pa.schema(
-    [
-        *PLAN,
-        ("loaded", pa.list_(pa.struct([("z", pa.int32()), ("status", pa.string()), ("error", pa.string())]))),
-        ("frames", pa.large_binary()),
-        ("channels", pa.list_(pa.int32())),
-    ]
-)
-"""A PLAN row and its pixels.
-
-``loaded`` has one entry per slice of ``zs``, in order. ``frames`` holds the ``(n, tiles, size, size)`` uint8 frames of
-the n slices that were read, neighbours included; ``channels`` the ``(ok, in_slices)`` places in it of each good
-slice's channels.
-"""
+from motor_ray.slices.repair import Repair, find_repair, repaired
+from motor_ray.storage import retries
 
 READ_THREADS = 8
 """Slices of a slab that are fetched at the same time."""
 
+OPEN_TOMOGRAMS = 4
+"""Tomograms that are kept open: slabs come in the plan's order, so the next one is mostly of the same tomogram."""
+
+
+class Loaded(NamedTuple):
+    """What became of a slice: its frames, or the error it ended with."""
+
+    frames: NDArray[np.uint8] | None
+    """``(tiles, size, size)``."""
+
+    error: MotorRayError | None = None
+    note: str | None = None
+
 
 class LoadSlab:
-    """Reads the slices of a slab and makes frames of them.
+    """Reads the slices of a slab and makes frames of them. Several threads may call it at once.
 
     INPUT   PLAN table
     OUTPUT  FRAMES table, as many rows
+
+    Raises OutageError if the storage does not answer: that is no fault of the slices, and the run can go on later.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: RunSettings, *, count: Callable[[str, int], None] | None = None) -> None:
+        self.settings, self.count = settings, count
         # Ray gives the actor one CPU; OpenCV would start a thread for each of the machine's.
         cv2.setNumThreads(1)
+        self._open = lru_cache(OPEN_TOMOGRAMS)(self._open_tomogram)
+        self._retries_told = retries()
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         """FRAMES rows of PLAN rows."""
-        return pa.Table.from_pylist([self.load(row) for row in plan.to_pylist()], schema=FRAMES)
+        rows = [self.load(row) for row in plan.to_pylist()]
+        self._tell_retries()
+        return frames_table(rows)
 
     def load(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The FRAMES row of a PLAN row."""
+        """The FRAMES row of a PLAN row; ``frames`` is an array ``(n, tiles, size, size)``."""
         wanted = with_neighbours(row["zs"], row["size_z"], self.settings)
-        frames = self._read_frames(row, wanted)
-        places = {z: place for place, z in enumerate(z for z in wanted if not isinstance(frames[z], Exception))}
+        loaded = self._load_slices(row, wanted)
+        pixels = [one.frames for one in loaded.values() if one.frames is not None]
+        places = {z: place for place, z in enumerate(z for z in wanted if loaded[z].frames is not None)}
         good = [z for z in row["zs"] if z in places]
-        pixels = [frame for frame in frames.values() if not isinstance(frame, Exception)]
         return dict(row) | {
-            "loaded": [status_of(z, frames[z]) for z in row["zs"]],
-            "frames": np.stack(pixels).tobytes() if pixels else b"",
+            "loaded": [entry_of(z, loaded[z]) for z in row["zs"]],
+            "frames": np.stack(pixels) if pixels else np.empty(0, np.uint8),
             "channels": [places.get(c, places[z]) for z in good for c in self._channels(z, row["size_z"])],
         }
 
     def _channels(self, z: int, size_z: int) -> list[int]:
         return with_neighbours([z], size_z, self.settings, clamp=True)
 
-    def _read_frames(self, row: Mapping[str, Any], zs: list[int]) -> dict[int, NDArray[np.uint8] | MotorRayError]:
+    def _load_slices(self, row: Mapping[str, Any], zs: list[int]) -> dict[int, Loaded]:
         shape = (row["size_z"], row["size_y"], row["size_x"])
         try:
             placement = frames_of(shape[1:], row["voxel_spacing_angstrom"], self.settings.frame)
-            reader = open_tomogram(row["uri"], row["format"], shape, self.settings.archive)
+            reader = self._open(row["uri"], row["format"], shape)
+        except OutageError:
+            raise
         except MotorRayError as error:
-            return dict.fromkeys(zs, error)
+            return dict.fromkeys(zs, Loaded(None, error))
         images = read_slices(reader, zs, READ_THREADS)
-        return {z: self._make_frames(image, placement) for z, image in zip(zs, images, strict=True)}
+        fault = self._find_repair([image for image in images if not isinstance(image, Exception)])
+        return {z: self._make_frames(image, fault, placement) for z, image in zip(zs, images, strict=True)}
 
-    def _make_frames(
-        self, image: NDArray[Any] | MotorRayError, placement: list[Frame]
-    ) -> NDArray[np.uint8] | MotorRayError:
+    def _find_repair(self, images: list[NDArray[Any]]) -> Repair:
+        if not self.settings.archive.repair:
+            return Repair(wrapped=False, inverted=False)
+        return find_repair(images, self.settings.preprocess)
+
+    def _make_frames(self, image: NDArray[Any] | MotorRayError, fault: Repair, placement: list[Frame]) -> Loaded:
         if isinstance(image, Exception):
-            return image
+            return Loaded(None, image)
         try:
-            return make_frames(image, placement, self.settings.preprocess)
+            return Loaded(make_frames(repaired(image, fault), placement, self.settings.preprocess), note=fault.note)
         except MotorRayError as error:
-            return error
+            return Loaded(None, error)
+
+    def _open_tomogram(self, uri: str, format: str, shape: tuple[int, int, int]) -> TomogramReader:
+        return open_tomogram(uri, format, shape, self.settings.archive)
+
+    def _tell_retries(self) -> None:
+        now = retries()
+        if self.count and now > self._retries_told:
+            self.count("retries", now - self._retries_told)
+        self._retries_told = now
 
 
 def with_neighbours(zs: list[int], size_z: int, settings: RunSettings, *, clamp: bool = False) -> list[int]:
@@ -105,9 +127,9 @@ def with_neighbours(zs: list[int], size_z: int, settings: RunSettings, *, clamp:
     return near if clamp else sorted(set(near))
 
 
-def status_of(z: int, frame: NDArray[np.uint8] | MotorRayError) -> dict[str, Any]:
+def entry_of(z: int, loaded: Loaded) -> dict[str, Any]:
     """What became of slice `z`: an entry of FRAMES' ``loaded``."""
-    if not isinstance(frame, Exception):
-        return {"z": z, "status": "ok", "error": None}
-    status = "missing" if isinstance(frame, SliceMissingError) else "corrupt"
-    return {"z": z, "status": status, "error": str(frame)}
+    if loaded.error is None:
+        return {"z": z, "status": "ok", "error": None, "note": loaded.note}
+    status = "missing" if isinstance(loaded.error, SliceMissingError) else "corrupt"
+    return {"z": z, "status": status, "error": str(loaded.error), "note": None}

@@ -3,6 +3,7 @@
 PLAN row -> LoadSlab (CPU) -> FRAMES row -> ScoreFrames (GPU) -> SLABS row
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
 from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.inference import prepare
+from motor_ray.distributed.frames import pixels_of
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.tables import SLABS
 
@@ -50,10 +52,10 @@ class ScoreFrames:
         *,
         threads: int = 1,
         compiled: Literal["on", "off", "if possible"] = "off",
-        count: Callable[[int], None] | None = None,
+        report: Callable[[str, int, float], None] | None = None,
     ) -> None:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which need not be the cores
-        self.settings, self.count = settings, count
+        self.settings, self.report = settings, report
         device = pick_device()
         self.predict = prepare(
             load_checkpoint(model).model,
@@ -64,29 +66,34 @@ class ScoreFrames:
 
     def __call__(self, frames: pa.Table) -> pa.Table:
         """SLABS rows of FRAMES rows."""
-        return pa.Table.from_pylist([self.score(row) for row in frames.to_pylist()], schema=SLABS)
+        rows = frames.drop_columns(["frames"]).to_pylist()
+        slabs = [self.score(row, pixels) for row, pixels in zip(rows, pixels_of(frames), strict=True)]
+        return pa.Table.from_pylist(slabs, schema=SLABS)
 
-    def score(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The SLABS row of a FRAMES row."""
+    def score(self, row: Mapping[str, Any], pixels: NDArray[np.uint8]) -> dict[str, Any]:
+        """The SLABS row of a FRAMES row with these `pixels`."""
+        started = time.perf_counter()
         slice_shape = (row["size_y"], row["size_x"])
         good = [entry["z"] for entry in row["loaded"] if entry["status"] == "ok"]
         found: dict[int, dict[str, Any]] = {}
         if good:
             placement = frames_of(slice_shape, row["voxel_spacing_angstrom"], self.settings.frame)
-            found = dict(zip(good, self._score_slices(row, placement), strict=True))
+            found = dict(zip(good, self._score_slices(row, pixels, placement), strict=True))
         nothing: dict[str, Any] = {"presence": None, "detections": []}
-        slices = [entry | {"note": None} | found.get(entry["z"], nothing) for entry in row["loaded"]]
-        if self.count:
-            self.count(len(slices))
+        slices = [entry | found.get(entry["z"], nothing) for entry in row["loaded"]]
+        if self.report:
+            self.report(row["tomo_id"], len(slices), time.perf_counter() - started)
         return {"slab_id": row["slab_id"], "tomo_id": row["tomo_id"], "slices": slices}
 
-    def _score_slices(self, row: Mapping[str, Any], placement: list[Frame]) -> list[dict[str, Any]]:
+    def _score_slices(
+        self, row: Mapping[str, Any], pixels: NDArray[np.uint8], placement: list[Frame]
+    ) -> list[dict[str, Any]]:
         """What was found on each good slice of a FRAMES row, in slice voxels."""
         size, tiles = self.settings.frame.size, len(placement)
-        pixels = np.frombuffer(row["frames"], np.uint8).reshape(-1, tiles, size, size)
+        frames = pixels.reshape(-1, tiles, size, size)
         channels = np.reshape(row["channels"], (-1, self.settings.model.in_slices))
         # (slices, channels, tiles, y, x) -> a batch of (slices * tiles) images
-        images = pixels[channels].swapaxes(1, 2).reshape(-1, channels.shape[1], size, size)
+        images = frames[channels].swapaxes(1, 2).reshape(-1, channels.shape[1], size, size)
         looks = self._look(images)
         radius = self.settings.link.merge_distance_angstrom / 2 / (row["voxel_spacing_angstrom"] or 1.0)
         return [

@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 
 from motor_ray.config import LinkSettings
 from motor_ray.errors import ManifestError
-from motor_ray.tables import FAILURES, MOTORS, SLABS, SLICE
+from motor_ray.tables import MOTORS, SLABS, SLICE
 
 SLICES = pa.schema([("slab_id", pa.string()), ("tomo_id", pa.string()), *SLICE])
 """One row per slice that was looked at: SLABS unnested."""
@@ -72,26 +72,6 @@ def slices_of(slabs: pa.Table) -> pa.Table:
     return pa.table([*columns, *pc.list_flatten(nested).flatten()], schema=SLICES)
 
 
-def failures_of(slabs: pa.Table, manifest: pa.Table) -> pa.Table:
-    """A FAILURES row for every slice whose status is not ok, by tomogram and z.
-
-    Raises ManifestError if a tomogram of `slabs` is not in `manifest`.
-    """
-    slices = slices_of(slabs)
-    uris = _manifest_column(slices, manifest, "uri")
-    bad = slices.filter(pc.not_equal(slices["status"], "ok")).sort_by([("tomo_id", "ascending"), ("z", "ascending")])
-    rows = [
-        {
-            "tomo_id": row["tomo_id"],
-            "z": row["z"],
-            "uri": uris[row["tomo_id"]],
-            "error": row["error"] or f"the slice is {row['status']}",
-        }
-        for row in bad.select(["tomo_id", "z", "status", "error"]).to_pylist()
-    ]
-    return pa.Table.from_pylist(rows, schema=FAILURES)
-
-
 def link_slabs(slabs: pa.Table, manifest: pa.Table, settings: LinkSettings | None = None) -> pa.Table:
     """The MOTORS of every tomogram in `slabs`, by tomogram and then best first.
 
@@ -100,7 +80,7 @@ def link_slabs(slabs: pa.Table, manifest: pa.Table, settings: LinkSettings | Non
     """
     settings = settings or LinkSettings()
     slices = slices_of(slabs)
-    spacings = _manifest_column(slices, manifest, "voxel_spacing_angstrom")
+    spacings = manifest_column(slices, manifest, "voxel_spacing_angstrom")
     rows = []
     for tomo_id, of_tomogram in by_tomogram(slices.filter(pc.equal(slices["status"], "ok"))):
         spacing = spacings[tomo_id]
@@ -245,7 +225,7 @@ def _distinct(motors: list[Motor], merge_distance: float) -> list[Motor]:
     return [motor for motor, stays in zip(motors, alone, strict=True) if stays]
 
 
-def _manifest_column(slices: pa.Table, manifest: pa.Table, column: str) -> dict[str, Any]:
+def manifest_column(slices: pa.Table, manifest: pa.Table, column: str) -> dict[str, Any]:
     """Values of a manifest's column by tomogram; raises ManifestError if a tomogram of `slices` is not there."""
     values = dict(zip(manifest["tomo_id"].to_pylist(), manifest[column].to_pylist(), strict=True))
     unknown = sorted(set(pc.unique(slices["tomo_id"]).to_pylist()) - values.keys())

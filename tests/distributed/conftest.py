@@ -23,7 +23,7 @@ SMALL = settings_from(
         "targets": {"box_pixels": 32},
         "model": {"backbone": "resnet18", "pretrained": "none", "neck_channels": 8, "head_channels": 8},
         "train": {"epochs": 2, "batch_size": 4, "slices_per_motor": 3},
-        "detect": {"score_threshold": 0.01, "slab_slices": 6},
+        "detect": {"score_threshold": 0.01, "slab_slices": 6, "exhaustive": True},
     }
 )
 

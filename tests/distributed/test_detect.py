@@ -11,14 +11,18 @@ from ray.data import ActorPoolStrategy
 
 from motor_ray import storage
 from motor_ray.archive.manifest import find_tomograms, make_manifest
-from motor_ray.archive.plan import make_plan
+from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
 from motor_ray.distributed.cluster import object_store_limit
-from motor_ray.distributed.detect import detect, gather, loaders_for, score_slabs, scorer_arguments, settings_of_model
+from motor_ray.distributed.detect import Tally, compilation, detect, dry_run, settings_of_model, write_plan
+from motor_ray.distributed.ledger import gather
 from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
+from motor_ray.distributed.preflight import Pools, plan_pools, room
+from motor_ray.distributed.progress import News, Steady
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import CheckpointError, ManifestError, RunError, UnfinishedError
-from motor_ray.tables import FAILURES, MOTORS, PLAN, table_hash
+from motor_ray.tables import FAILURES, MANIFEST, MOTORS, PLAN, table_hash
 
 NONE = FAILURES.empty_table()
 
@@ -27,12 +31,17 @@ def in_order(table):
     return sorted(table.to_pylist(), key=lambda row: row["slab_id"])
 
 
+def planned(manifest, settings):
+    return pa.concat_tables(first_look(manifest, settings))
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_run_on_ray_writes_what_its_stages_say_row_for_row(archive, settings, checkpoint, tmp_path):
     manifest = make_manifest(archive.uri, settings.archive)
     run = detect(manifest, NONE, checkpoint, str(tmp_path / "run"), settings)
     plan = storage.read_table(str(tmp_path / "run" / "plan.parquet"))
+    assert storage.read_table(str(tmp_path / "run" / "tomograms.parquet")).cast(MANIFEST) == manifest
     slabs = storage.read_table(str(tmp_path / "run" / "slabs"))
     expected = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan))
     assert plan.schema == PLAN
@@ -91,17 +100,18 @@ def test_an_archive_of_which_nothing_can_be_used_is_refused_with_the_reason(sett
 
 def test_lost_or_doubled_slabs_are_noticed(archive, settings, checkpoint, tmp_path):
     manifest = make_manifest(archive.uri, settings.archive).slice(0, 2)
-    plan = make_plan(manifest, 6)
+    plan = planned(manifest, settings)
     slabs = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan))
     changed = {
         "lost": slabs.slice(1),
         "doubled": slabs.take([0, *range(len(slabs))]),
         "one for another": slabs.take([0, 0, *range(2, len(slabs))]),
     }
+    storage.write_table(plan, str(tmp_path / "plan.parquet"))
     for name, some in changed.items():
         storage.write_table(some, str(tmp_path / name / "slabs" / "0.parquet"))
-        with pytest.raises(UnfinishedError, match="lost or doubled"):
-            gather(str(tmp_path / name), manifest, plan, settings, NONE)
+        with pytest.raises(UnfinishedError, match="run the same command again"):
+            gather(str(tmp_path / name), [str(tmp_path / "plan.parquet")], manifest, settings, NONE)
 
 
 def test_a_model_keeps_the_frames_it_was_trained_on_and_takes_how_to_detect_from_the_run(settings):
@@ -111,31 +121,75 @@ def test_a_model_keeps_the_frames_it_was_trained_on_and_takes_how_to_detect_from
 
 
 def test_compilation_is_chosen_only_when_the_archive_pays_for_it(settings):
-    def compiled(slices: int, scorers: int, frame: int) -> bool:
-        sized = settings_from(settings.model_dump() | {"frame": {"size": frame}})
-        return bool(scorer_arguments(slices, scorers, "model", sized, None)["compiled"] != "off")
+    def compiled(slices: int, frame: int) -> bool:
+        return compilation(slices, settings_from(settings.model_dump() | {"frame": {"size": frame}})) != "off"
 
-    assert compiled(100_000, 1, 720)
-    assert not compiled(100, 1, 720)
-    assert not compiled(10_000, 100, 720)
-    assert not compiled(10_000, 1, 96)
+    assert compiled(100_000, 720)
+    assert not compiled(100, 720)
+    assert not compiled(10_000, 96)
+    asked = settings_from(settings.model_dump() | {"detect": {"compile": "on"}})
+    assert compilation(1, asked) == "on"
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-def test_more_than_the_cluster_holds_is_refused_instead_of_waited_for(archive, settings, checkpoint, tmp_path):
-    greedy = settings_from(settings.model_dump() | {"detect": {"scorers": 500}})
+def test_a_run_that_broke_off_goes_on_where_it_was_and_ends_as_if_it_had_not(archive, settings, checkpoint, tmp_path):
+    """Here files are taken away; the fault suite kills processes."""
     manifest = make_manifest(archive.uri, settings.archive)
-    with pytest.raises(RunError, match=r"the cluster has \d+ CPUs, 500 scorers, a loader and tasks take 503"):
-        detect(manifest, NONE, checkpoint, str(tmp_path / "run"), greedy)
-    assert not (tmp_path / "run").exists()
+    whole = detect(manifest, NONE, checkpoint, str(tmp_path / "whole"), settings)
+    out = tmp_path / "broken"
+    detect(manifest, NONE, checkpoint, str(out), settings)
+    [slabs], [note] = (list(folder.iterdir()) for folder in (out / "slabs", *(out / "checkpoints").iterdir()))
+    rows = storage.read_table(str(slabs))
+    storage.write_table(rows.slice(0, 10), str(slabs))
+    storage.write_table(rows.slice(0, 10).select(["slab_id"]), str(note))
+    storage.write_json(str(out / "run.json"), whole | {"status": "running", "looks": {}})
+    kept = slabs.read_bytes()
+    run = detect(manifest, NONE, checkpoint, str(out), settings)
+    kept_slices = sum(len(row["slices"]) for row in rows.slice(0, 10).to_pylist())
+    assert run["looks"]["first look"]["done_before"] == kept_slices
+    assert slabs.read_bytes() == kept  # what was done was not done again
+    for table in ("slabs", "motors.parquet", "failures.parquet"):
+        first, second = (storage.read_table(str(folder / table)) for folder in (tmp_path / "whole", out))
+        key = "slab_id" if table == "slabs" else "tomo_id"
+        assert first.sort_by(key).to_pylist() == second.sort_by(key).to_pylist()
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-def test_loaders_are_as_many_as_asked_for_or_as_fit(settings):
-    assert loaders_for(settings_from(settings.model_dump() | {"detect": {"loaders": 7}})) == 7
-    assert loaders_for(settings) == 1
+def test_two_looks_together_score_what_an_exhaustive_one_scores_on_the_same_slices(
+    archive, settings, checkpoint, tmp_path
+):
+    manifest = make_manifest(archive.uri, settings.archive).slice(0, 4)
+    runs = {}
+    for name, detail in {"all": {"exhaustive": True}, "some": {"exhaustive": False, "candidate_score": 0.3}}.items():
+        changed = settings_from(settings.model_dump() | {"detect": settings.detect.model_dump() | detail})
+        runs[name] = detect(manifest, NONE, checkpoint, str(tmp_path / name), changed)
+    scored = {
+        name: {
+            (row["tomo_id"], one["z"]): one
+            for row in storage.read_table(str(tmp_path / name / "slabs")).to_pylist()
+            for one in row["slices"]
+        }
+        for name in runs
+    }
+    assert 16 <= len(scored["some"]) <= len(scored["all"]) == 80
+    assert all(scored["all"][place] == one for place, one in scored["some"].items())
+    looks = runs["some"]["looks"]
+    assert looks["first look"]["slices"] + looks["second look"]["slices"] == len(scored["some"])
+    assert runs["some"]["counts"]["planned"] == len(scored["some"])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(archive, settings, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = dry_run(make_manifest(archive.uri, settings.archive), NONE, checkpoint, settings)
+    assert (said["tomograms"], said["slices"], said["first_look"], said["second_look"]) == (12, 240, 240, 0)
+    assert said["requests"] == 240
+    assert said["bytes"] == pytest.approx(sum(f.stat().st_size for f in Path(archive.uri).rglob("*.jpg")), rel=0.1)
+    assert said["hours"] > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ray
@@ -143,10 +197,30 @@ def test_loaders_are_as_many_as_asked_for_or_as_fit(settings):
 def test_a_scorer_that_cannot_start_ends_the_run_with_its_reason(archive, settings, tmp_path):
     """Ray's own default is to try again for ever."""
     manifest = make_manifest(archive.uri, settings.archive).slice(0, 1)
-    plan = make_plan(manifest, 6)
-    storage.write_table(plan, str(tmp_path / "plan.parquet"))
+    places = Places(*(str(tmp_path / name) for name in ("plan.parquet", "slabs", "notes")))
+    write_plan(first_look(manifest, settings), places.plan)
+    loader = Stage(LoadSlab, {"settings": settings})
+    scorer = Stage(ScoreFrames, {"settings": settings, "model": str(tmp_path / "no-model")})
     with pytest.raises(UnfinishedError, match=r"detection stopped: .*no-model"):
-        score_slabs(str(tmp_path), plan, str(tmp_path / "no-model"), settings)
+        run_pipeline(places, loader, scorer, plan_pools(room(), settings.detect), 2)
+
+
+def test_progress_counts_tomograms_as_their_last_slice_is_done(archive, settings, tmp_path):
+    manifest = make_manifest(archive.uri, settings.archive).slice(0, 3)
+    names = manifest["tomo_id"].to_pylist()
+    plan = str(tmp_path / "plan.parquet")
+    write_plan(first_look(manifest, settings), plan)
+    done = {row["slab_id"] for row in storage.read_table(plan).to_pylist() if row["tomo_id"] == names[0]}
+    tally = Tally(manifest, plan, done)
+    assert (tally.slices, tally.before, tally.left) == (60, 20, 40)
+    assert tally.tell(News(12, "", {}, {names[1]: 12}, 1.0, None)) == (32, "1 of 3 tomograms")
+    news = News(26, "", {}, {names[1]: 8, names[2]: 6}, 2.0, Steady(14, 1.0, 2.0))
+    assert tally.tell(news) == (46, "2 of 3 tomograms, 7 slices/s")
+    # an actor was lost and its slabs are looked at again
+    assert tally.tell(News(52, "", {}, {names[2]: 20, names[1]: 6}, 3.0, Steady(40, 2.0, 4.0)))[0] == 60
+    assert tally.finished == 3
+    said = tally.summary(load_seconds=0.52, pools=Pools(2, 3, 0, 0))
+    assert (said["slices_per_second"], said["load_seconds_per_slice"], said["scorers_busy"]) == (10.0, 0.01, 0.25)
 
 
 def test_a_tables_hash_follows_its_rows_only(archive, settings):
@@ -171,7 +245,7 @@ def test_loading_does_not_run_far_ahead_of_slow_scoring(tmp_path):
             waiting = len(list(tmp_path.glob("made*"))) - len(list(tmp_path.glob("scored*")))
             return table.select(["id"]).append_column("waiting", pa.array([waiting]))
 
-    with object_store_limit(30):
+    with object_store_limit(30_000_000):
         rows = ray.data.from_arrow([pa.table({"id": [place]}) for place in range(60)])
         frames = rows.map_batches(make, batch_size=1, batch_format="pyarrow", num_cpus=0.5)
         scored = frames.map_batches(Score, batch_size=1, batch_format="pyarrow", compute=ActorPoolStrategy(size=1))

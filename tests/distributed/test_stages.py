@@ -1,14 +1,17 @@
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.archive.plan import make_plan
+from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
-from motor_ray.distributed.loading import FRAMES, LoadSlab, with_neighbours
+from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
+from motor_ray.distributed.loading import LoadSlab, with_neighbours
 from motor_ray.distributed.scoring import Look, ScoreFrames, merge_frames, slice_of
+from motor_ray.errors import OutageError
 from motor_ray.slices.frame import frames_of
-from motor_ray.tables import SLABS
+from motor_ray.tables import PLAN, SLABS
 
 
 def changed(settings, **groups):
@@ -18,7 +21,7 @@ def changed(settings, **groups):
 
 @pytest.fixture(scope="module")
 def plan(archive, settings):
-    return make_plan(make_manifest(archive.uri, settings.archive), settings.detect.slab_slices).slice(0, 3)
+    return next(first_look(make_manifest(archive.uri, settings.archive), settings)).slice(0, 3)
 
 
 def test_rows_keep_their_ids_and_types_from_plan_to_slabs(plan, settings, checkpoint):
@@ -42,7 +45,7 @@ def test_a_slab_without_any_good_slice_still_has_its_row(plan, settings, checkpo
 
 
 def test_missing_and_corrupt_slices_have_a_status_and_the_others_their_own_detections(damaged, settings, checkpoint):
-    plan = make_plan(make_manifest(damaged, settings.archive), 6).slice(0, 1)
+    plan = next(first_look(make_manifest(damaged, settings.archive), settings)).slice(0, 1)
     [slab] = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan)).to_pylist()
     status = {one["z"]: one["status"] for one in slab["slices"]}
     assert status == {0: "ok", 1: "ok", 2: "ok", 3: "missing", 4: "corrupt", 5: "ok"}
@@ -70,7 +73,7 @@ def test_three_channels_are_the_slice_between_its_neighbours_also_at_the_ends(pl
 
 def test_a_missing_neighbour_is_replaced_by_the_slice_itself(damaged, settings):
     three = changed(settings, model={"in_slices": 3})
-    plan = make_plan(make_manifest(damaged, settings.archive), 6)
+    plan = next(first_look(make_manifest(damaged, settings.archive), settings))
     loaded = LoadSlab(three).load(plan.to_pylist()[0] | {"zs": [2]})
     assert loaded["channels"] == [0, 1, 1]
 
@@ -128,7 +131,46 @@ def test_slices_seen_in_several_frames_are_scored_too(plan, settings, checkpoint
         assert scores == sorted(scores, reverse=True)
 
 
-def test_what_was_scored_is_counted(plan, settings, checkpoint):
-    counted: list[int] = []
-    ScoreFrames(settings, checkpoint, count=counted.append)(LoadSlab(settings)(plan))
-    assert sum(counted) == sum(map(len, plan["zs"].to_pylist()))
+def test_what_was_scored_is_reported_by_tomogram(plan, settings, checkpoint):
+    told: list[tuple[str, int]] = []
+    scorer = ScoreFrames(settings, checkpoint, report=lambda tomo_id, slices, _: told.append((tomo_id, slices)))
+    scorer(LoadSlab(settings)(plan))
+    assert told == [(row["tomo_id"], len(row["zs"])) for row in plan.to_pylist()]
+
+
+def test_a_note_on_repaired_grey_levels_travels_to_the_slab(plan, settings, checkpoint, tmp_path):
+    wrapped = plan.to_pylist()[0]
+    folder = tmp_path / "wrapped"
+    folder.mkdir()
+    for z in wrapped["zs"]:
+        image = np.asarray(cv2.imread(wrapped["uri"].format(z=z), cv2.IMREAD_GRAYSCALE), np.uint8)
+        cv2.imwrite(str(folder / f"slice_{z:04d}.png"), image ^ np.uint8(0x80))
+    row = wrapped | {"uri": str(folder / "slice_{z:04d}.png")}
+    [slab] = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(pa.Table.from_pylist([row], PLAN))).to_pylist()
+    assert all("wrapped" in one["note"] for one in slab["slices"])
+    as_they_are = changed(settings, archive={"repair": False})
+    assert all(entry["note"] is None for entry in LoadSlab(as_they_are).load(row)["loaded"])
+
+
+def test_an_outage_is_not_a_fault_of_the_slices(plan, settings, monkeypatch):
+    def silent(*_: object) -> None:
+        raise OutageError("no answer")
+
+    monkeypatch.setattr("motor_ray.distributed.loading.open_tomogram", silent)
+    with pytest.raises(OutageError):
+        LoadSlab(settings)(plan)
+
+
+def test_pixels_travel_without_a_copy_and_unchanged(plan, settings):
+    loader = LoadSlab(settings)
+    row = loader.load(plan.to_pylist()[0])
+    table = frames_table([row])
+    assert pixels_of(table)[0].ctypes.data == row["frames"].ctypes.data
+    nothing = frames_table([row | {"frames": np.empty(0, np.uint8)}])
+    together = pa.concat_tables([table, nothing, table])
+    for some in (together, together.combine_chunks()):
+        first, empty, last = pixels_of(some)
+        assert len(empty) == 0
+        np.testing.assert_array_equal(first, row["frames"].ravel())
+        np.testing.assert_array_equal(first, last)
+        np.testing.assert_array_equal(pixels_of(some.slice(2))[0], last)

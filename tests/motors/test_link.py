@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from motor_ray.config import LinkSettings
 from motor_ray.errors import ManifestError
-from motor_ray.motors.link import SLICES, Motor, detections_of, failures_of, link_motors, link_slabs, slices_of
+from motor_ray.motors.failures import failed_slices, failed_tomograms
+from motor_ray.motors.link import SLICES, Motor, detections_of, link_motors, link_slabs, slices_of
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, SLABS
 
 SPACING = 13.3
@@ -243,7 +245,7 @@ def test_slices_that_could_not_be_read_bridge_a_motor_and_become_failures() -> N
         rows[z // 12]["slices"][z % 12] |= {"status": status, "error": error, "detections": None}
     slabs = table(rows)
     assert link_slabs(slabs, manifest("tomo_a"))["n_slices"].to_pylist() == [11]
-    failures = failures_of(slabs, manifest("tomo_a"))
+    failures = failed_slices(slabs, manifest("tomo_a"))
     assert failures.schema.equals(FAILURES)
     uri = "s3://b/tomo_a.mrc"
     assert failures.to_pylist() == [
@@ -252,8 +254,19 @@ def test_slices_that_could_not_be_read_bridge_a_motor_and_become_failures() -> N
     ]
 
 
+def test_a_tomogram_with_too_few_good_slices_is_a_failure_itself() -> None:
+    rows = slabs_of(track(30, 100, 100), range(60)) + slabs_of(track(30, 100, 100), range(60), "tomo_b")
+    for z in range(31):
+        rows[5 + z // 12]["slices"][z % 12] |= {"status": "missing", "detections": None}
+    known = manifest("tomo_a", "tomo_b")
+    [failure] = failed_tomograms(table(rows), known, good_share=0.5).to_pylist()
+    assert (failure["tomo_id"], failure["z"]) == ("tomo_b", None)
+    assert "only 29 of the 60 slices" in failure["error"]
+    assert failed_tomograms(table(rows), known, good_share=29 / 60).num_rows == 0
+
+
 def test_a_run_without_failures_has_an_empty_typed_table_of_them() -> None:
-    failures = failures_of(table(slabs_of(track(5, 1, 1), range(12))), manifest("tomo_a"))
+    failures = failed_slices(table(slabs_of(track(5, 1, 1), range(12))), manifest("tomo_a"))
     assert failures.equals(FAILURES.empty_table())
 
 
@@ -273,7 +286,7 @@ def test_unnested_slices_are_the_slabs_own() -> None:
 
 def test_a_tomogram_that_the_manifest_does_not_know_is_named() -> None:
     slabs = table(slabs_of(track(30, 100, 100), range(60)))
-    for use in (link_slabs, failures_of):
+    for use in (link_slabs, failed_slices, partial(failed_tomograms, good_share=0.5)):
         with pytest.raises(ManifestError, match=r"tomo_a; give the manifest"):
             use(slabs, manifest("tomo_b"))
 

@@ -17,7 +17,7 @@ edges = st.integers(1, 1000)
 shapes = st.tuples(edges, edges)
 
 
-@given(shapes, st.sampled_from([FIT, SPACING]), st.floats(6.5, 30.0), st.integers(0, 2**32))
+@given(shapes, st.sampled_from([FIT, SPACING]), st.floats(6.5, 25.0), st.integers(0, 2**32))
 def test_positions_and_boxes_return_from_the_frame_to_where_they_were(shape, settings, spacing, seed):
     boxes = np.random.default_rng(seed).uniform(0, shape * 2, (5, 4))
     for frame in frames_of(shape, spacing, settings):

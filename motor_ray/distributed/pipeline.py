@@ -1,0 +1,144 @@
+"""The pipeline on Ray Data, from a file of slabs to files of results, each slab once.
+
+    plan (parquet) -> LoadSlab (CPU actors) -> ScoreFrames (GPU actors) -> slabs/*.parquet
+
+A row is a slab from the first file to the last, so that Ray Data can note its id when it is written and leave it out
+when the same plan is run again (ray.data.checkpoint). Rows are a few megabytes and few wait between the operators, so
+memory does not grow with the archive.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, Dataset
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
+
+from motor_ray.distributed.cluster import object_store_limit, root_cause
+from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, Pools
+from motor_ray.errors import UnfinishedError
+from motor_ray.storage import arrow_filesystem
+
+SLABS_PER_FILE = 64
+"""Rows are gathered to so many before they are written: a file per slab would be a million small files."""
+
+LOADER_CPUS = 0.1
+"""What a loader asks of Ray, although it is counted as a whole CPU when actors are planned: when a node is lost, its
+loaders move in with the others instead of taking the slots without which nothing goes on (ray issue 44687)."""
+
+NO_PROGRESS_SECONDS = 600.0
+"""After so long without any result the run ends and says so; Ray would wait for half an hour."""
+
+INIT_DEATHS = 2
+"""Actors in a row that may die while they start, from being killed for instance, before the run is given up."""
+
+
+class Stage(NamedTuple):
+    """A class whose instances turn tables into tables, and its constructor's arguments, which are small."""
+
+    operator: type
+    arguments: dict[str, Any]
+
+
+class Places(NamedTuple):
+    """URIs of what a run of the pipeline reads and writes; in ``notes`` Ray Data keeps the ids of slabs written."""
+
+    plan: str
+    slabs: str
+    notes: str
+
+
+def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> float:
+    """Score every slab of the plan that is not among the slabs yet; returns for how many seconds loaders were busy.
+
+    Loaders work on `calls` slabs at a time. Raises UnfinishedError, with the innermost reason, if it breaks; what was
+    written stays, and the same call goes on from there.
+    """
+    files, folder = arrow_filesystem(places.slabs)
+    with _ray_data(places.notes), object_store_limit(pools.bytes_ahead):
+        slabs = _build(places, loader, scorer, pools, calls)
+        try:
+            slabs.write_parquet(folder, filesystem=files, min_rows_per_file=SLABS_PER_FILE)
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+            raise UnfinishedError(f"{places.slabs}: detection stopped: {root_cause(error)}") from error
+        return _busy_seconds(slabs, loader.operator) / calls
+
+
+def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:
+    """The dataset of SLABS, lazily."""
+    files, path = arrow_filesystem(places.plan)
+    # One row to a block: Ray hands on a block only when all of it is done.
+    plan = ray.data.read_parquet(path, filesystem=files).repartition(target_num_rows_per_block=1)
+    frames = plan.map_batches(
+        loader.operator,
+        fn_constructor_kwargs=loader.arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=LOADER_CPUS,
+        memory=LOADER_BYTES,
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=pools.loaders,
+            initial_size=pools.loaders,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=True,
+            max_tasks_in_flight_per_actor=calls + 1,
+        ),
+    )
+    return frames.map_batches(
+        scorer.operator,
+        fn_constructor_kwargs=scorer.arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        memory=SCORER_BYTES,
+        num_gpus=pools.gpus_per_scorer,
+        # One slab is scored at a time, but the next is at hand when it ends.
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=pools.scorers, initial_size=pools.scorers, max_concurrent_calls_per_actor=2
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _ray_data(notes: str) -> Iterator[None]:
+    """Ray Data as this pipeline needs it, with its notes of what is done in `notes`; and as before when it ends."""
+    context = ray.data.DataContext.get_current()
+    files, path = arrow_filesystem(notes)
+    checkpoint = CheckpointConfig(
+        id_column="slab_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
+    )
+    checkpoint.checkpoint_actor_pool_max_size = 1  # each holds all ids; one filters a million in seconds
+    wanted = {
+        "checkpoint_config": checkpoint,
+        "max_consecutive_actor_init_deaths": INIT_DEATHS,
+        "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
+        "raise_original_map_exception": True,  # or the reason would be lost on the way
+        # The older reader takes one task where the newer takes two in turn: the first result comes 3 s sooner.
+        "use_datasource_v2": False,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def _busy_seconds(slabs: Dataset, operator: type) -> float:
+    """Seconds that all calls of `operator` took together, from Ray Data's own statistics."""
+    for one in _operators(slabs.get_stats_summary()):
+        if f"({operator.__name__})" in one.operator_name and one.function_body_time:
+            return float(one.function_body_time.sum)
+    return 0.0
+
+
+def _operators(summary: Any) -> Iterator[Any]:
+    """The statistics of every operator of a pipeline; Ray nests each in that of the next."""
+    yield from summary.operators_stats
+    for parent in summary.parents:
+        yield from _operators(parent)

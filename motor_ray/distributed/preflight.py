@@ -1,0 +1,114 @@
+"""Whether a cluster can ever run a detection, and with how many actors of each kind: asked before anything starts.
+
+Ray places actors first and waits, without a word and for ever, if what is left does not hold the tasks that feed them
+(ray issue 44687).
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import ray
+
+from motor_ray.config import DetectSettings
+from motor_ray.errors import RunError
+
+TASKS = 3
+"""CPU slots for what comes and goes: reading the plan, leaving out what is done already, writing slabs."""
+
+FILTER_BYTES = 2**30
+"""What Ray's actor that leaves out finished slabs asks for."""
+
+LOADER_BYTES, SCORER_BYTES = 400 * 10**6, 1500 * 10**6
+"""Memory set aside for an actor: libraries and the slabs in its hands; and the network."""
+
+SLAB_BYTES = 10_000_000
+"""A slab of 16 frames of 720 x 720 has 8 MB."""
+
+SLABS_AHEAD = 8
+"""Slabs per actor that may wait between loading and scoring. Left alone, Ray fills a third of the memory with them:
+98 slabs before a slow scorer, where this leaves 8."""
+
+LOADERS_PER_GPU = 16
+"""At most, if the CPUs are there: a slice takes 6 ms of a core to prepare, and a GPU perhaps half a millisecond."""
+
+SPARE = 1.25
+"""Loaders beyond what measured rates ask for, since some slices take longer than others."""
+
+log = logging.getLogger(__name__)
+
+
+class Room(NamedTuple):
+    """What a cluster has, or may grow to have."""
+
+    cpus: int
+    gpus: int
+    memory: int
+    object_store: int
+
+
+class Pools(NamedTuple):
+    """How many actors may run, at most, what each is given, and how many slabs may wait between them.
+
+    Pools begin with these numbers; Ray Data takes idle actors away, down to one, and brings them back.
+    """
+
+    scorers: int
+    loaders: int
+    gpus_per_scorer: int
+    bytes_ahead: int
+
+    def balanced(self, load_seconds: float, score_seconds: float) -> "Pools":
+        """With just the loaders that keep the scorers busy, given how long each takes for a slice."""
+        enough = math.ceil(SPARE * self.scorers * load_seconds / max(score_seconds, 1e-9))
+        return self._replace(loaders=max(min(enough, self.loaders), 1))
+
+
+def room() -> Room:
+    """What the connected cluster has now, or what its autoscaler may add, whichever is more."""
+    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    later = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    most = {name: max(now.get(name, 0), later.get(name, 0)) for name in ("CPU", "GPU", "memory", "object_store_memory")}
+    return Room(*(int(amount) for amount in most.values()))
+
+
+def plan_pools(room: Room, settings: DetectSettings) -> Pools:
+    """As many actors as were asked for, or as are apt, as far as there is room for them.
+
+    Raises RunError, saying what is missing, if there is not even room for one of each and the tasks that feed them.
+    """
+    _require(room)
+    free_cpus, free_bytes = room.cpus - TASKS, room.memory - FILTER_BYTES
+    scorers = settings.scorers or max(room.gpus, 1)
+    fitting = min(free_cpus - 1, (free_bytes - LOADER_BYTES) // SCORER_BYTES, room.gpus or scorers)
+    if scorers > fitting:
+        log.info("room for %d of %d scorers", fitting, scorers)
+        scorers = fitting
+    loaders = settings.loaders or (LOADERS_PER_GPU * scorers if room.gpus else scorers)
+    fitting = min(free_cpus - scorers, (free_bytes - scorers * SCORER_BYTES) // LOADER_BYTES)
+    if settings.loaders and loaders > fitting:
+        log.info("room for %d of %d loaders", fitting, loaders)
+    loaders = min(loaders, fitting)
+    ahead = min(SLAB_BYTES * SLABS_AHEAD * (scorers + loaders), room.object_store // 2)
+    return Pools(scorers, loaders, min(room.gpus, 1), ahead)
+
+
+def local_slots(settings: DetectSettings) -> int:
+    """CPU slots of a Ray on this machine in which what was asked for has room; the cores are shared."""
+    return (settings.scorers or 1) + (settings.loaders or 1) + TASKS + 1
+
+
+def _require(room: Room) -> None:
+    """Raises RunError unless there is room for a scorer, a loader and tasks."""
+    memory = FILTER_BYTES + LOADER_BYTES + SCORER_BYTES
+    needed = [
+        (room.cpus, TASKS + 2, "CPUs", 1, "add nodes, or start Ray with more (ray start --num-cpus)"),
+        (room.memory, memory, "GB of memory", 1e9, "add nodes, or state what there is (ray start --memory)"),
+        (room.object_store, 4 * SLAB_BYTES, "MB of object store", 1e6, "give Ray more (--object-store-memory)"),
+    ]
+    for there, least, what, unit, remedy in needed:
+        if there < least:
+            raise RunError(
+                f"the cluster has {there / unit:.3g} {what}; one scorer, one loader and the tasks that feed them take "
+                f"{least / unit:.3g}; {remedy}"
+            )

@@ -1,0 +1,413 @@
+"""Killed in the middle, and then the same tables as of a run that nothing happened to.
+
+Each case has a seed that draws when, what, and how often is killed. Nothing dies but what the tests themselves started.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from motor_ray.archive.simulate import simulate_archive
+from motor_ray.config import settings_from
+from motor_ray.detector.checkpoint import save_checkpoint
+from motor_ray.detector.model import build_model
+from motor_ray.storage import arrow_filesystem, exists, filesystem, join, list_names, read_bytes, read_json, read_table
+from tests.distributed.conftest import SMALL
+from tests.distributed.killers import (
+    LOADER,
+    POLL_SECONDS,
+    SCORER,
+    WRITER,
+    WRITING_SECONDS,
+    alive,
+    below,
+    gone,
+    kill,
+    raylet_of,
+    titled,
+    until,
+)
+from tests.fault_proxy import faulty
+from tests.object_store import ObjectStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+TOMOGRAMS = 16
+SETTINGS = settings_from(
+    SMALL.model_dump()
+    | {
+        # A slab a slice, so that there are many; half of them in a second look, so that there is one.
+        "detect": {"score_threshold": 0.01, "slab_slices": 1, "z_stride": 2, "candidate_score": 0.235},
+    }
+)
+NODE = {"num_cpus": 5, "memory": 6 * 10**9, "object_store_memory": 100 * 10**6, "include_dashboard": False}
+SECONDS_TO_END = 30
+"""What processes get to notice that the one they work for is gone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A detection that can be run as often as is wanted, each time with results elsewhere."""
+
+    archive: str
+    model: str
+    config: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def started(self, out: str, *flags: str, **variables: str) -> Iterator["Driver"]:
+        """`motor-ray detect`, in a process of its own, which does not outlive the block."""
+        command = [sys.executable, "-m", "motor_ray.cli", "detect", "--archive", self.archive, "--model", self.model]
+        command += ["--config", self.config, "--out", out, *flags]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(
+                command,
+                stdout=said,
+                stderr=log,
+                env=environment | self.environment | variables,
+                start_new_session=True,  # Ctrl-C in a terminal goes to a whole group of processes
+            )
+            try:
+                yield Driver(process, out, said, log)
+            finally:
+                left = below(process.pid)
+                process.kill()
+                process.wait()
+                assert gone(left, SECONDS_TO_END)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A detection that is under way."""
+
+    process: "subprocess.Popen[bytes]"
+    out: str
+    said: IO[bytes]
+    log: IO[bytes]
+
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def result(self) -> tuple[int, Any]:
+        """Exit code and what it said, or complained of, once it has ended."""
+        code = self.process.wait()
+        for file in (self.said, self.log):
+            file.seek(0)
+        said, log = self.said.read(), self.log.read()
+        return code, json.loads(said) if said else log.decode()
+
+    def notes(self) -> list[str]:
+        """Ray Data's notes of slabs that are written and committed, each of one file of slabs."""
+        files, path = filesystem(join(self.out, "checkpoints"))
+        files.invalidate_cache()
+        return [note for note in map(str, files.find(path)) if note.endswith(".parquet") and ".pending." not in note]
+
+    def files(self) -> dict[str, bytes]:
+        """The files of slabs that are committed, by name."""
+        names = [Path(note).stem for note in self.notes()]
+        slabs = join(self.out, "slabs")
+        return {name: read_bytes(join(slabs, name)) for name in list_names(slabs) if name.startswith(tuple(names))}
+
+    def committed(self) -> int:
+        """How many slabs will not be looked at again."""
+        files, _ = arrow_filesystem(self.out)
+        return sum(len(pq.read_table(note, filesystem=files)) for note in self.notes())
+
+    def state(self) -> dict[str, Any]:
+        """What run.json says."""
+        uri = join(self.out, "run.json")
+        said: dict[str, Any] = read_json(uri) if exists(uri) else {"status": "not begun", "looks": {}}
+        return said
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A detection, and how it went when nobody disturbed it."""
+
+    task: Task
+    code: int
+    said: dict[str, Any]
+    tables: dict[str, Any]
+    files: int
+    seconds_to_first_file: float
+
+    @property
+    def slabs(self) -> int:
+        return len(self.tables["slabs"])
+
+    def equals(self, driver: Driver) -> None:
+        """Assert that the run of `driver`, or what is left of it, ends like this one, row for row."""
+        code, said = driver.result()
+        assert code == self.code, said
+        assert said["counts"] == self.said["counts"]
+        assert driver.state()["status"] == "done"
+        tables = tables_of(driver.out)
+        assert [row["slab_id"] for row in tables["slabs"]] == [row["slab_id"] for row in self.tables["slabs"]]
+        assert tables == self.tables
+
+
+def tables_of(out: str) -> dict[str, Any]:
+    """Rows of what a run has written; slabs in the order of their ids, for in which file one lands is chance."""
+    slabs = read_table(join(out, "slabs")).sort_by("slab_id")
+    others = {name: read_table(join(out, f"{name}.parquet")) for name in ("motors", "failures")}
+    return {"slabs": slabs.to_pylist(), **{name: table.to_pylist() for name, table in others.items()}}
+
+
+def undisturbed_run(task: Task, out: str, **variables: str) -> Undisturbed:
+    start = time.monotonic()
+    with task.started(out, **variables) as driver:
+        until("a file was written", driver.notes, driver.over)
+        seconds = time.monotonic() - start
+        code, said = driver.result()
+    assert isinstance(said, dict), said
+    return Undisturbed(task, code, said, tables_of(out), len(driver.notes()), seconds)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """An archive with two bad slices and a file that is no tomogram, and a detector that finds more here than there."""
+    folder = tmp_path_factory.mktemp("faults")
+    simulate_archive(str(folder), TOMOGRAMS, 3, (20, 96, 96), voxel_spacing_angstrom=24.0, processes=1)
+    first = min((folder / "train").iterdir())
+    (first / "slice_0003.jpg").unlink()
+    (first / "slice_0009.jpg").write_bytes((first / "slice_0009.jpg").read_bytes()[:500])
+    (folder / "train" / "torn.mrc").write_bytes(b"\0" * 100)
+    torch.manual_seed(0)
+    model = build_model(SETTINGS.model)
+    with torch.no_grad():
+        model.heads.heatmap.weight *= 300  # untrained, all its scores would be alike
+    save_checkpoint(str(folder / "model"), model, SETTINGS, {})
+    (folder / "settings.yaml").write_text(SETTINGS.model_dump_json())
+    return Task(str(folder / "train"), str(folder / "model"), str(folder / "settings.yaml"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray of one node with room for everything; tests add others."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(task: Task, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    run = undisturbed_run(task, str(tmp_path_factory.mktemp("undisturbed") / "out"), RAY_ADDRESS=cluster.address)
+    counts = run.said["counts"]
+    assert run.files >= 4
+    assert (counts["corrupt"], counts["missing"], counts["failures"]) == (1, 1, 3)
+    assert counts["planned"] > TOMOGRAMS * 10
+    assert counts["motors"] > 0
+    return run
+
+
+@pytest.fixture
+def idle(cluster: Cluster) -> Cluster:
+    """The cluster, when those who worked for an earlier driver have ended."""
+    workers = titled(below(raylet_of(cluster.head_node)), SCORER, LOADER, WRITER)
+    assert gone(workers, SECONDS_TO_END)
+    return cluster
+
+
+def seeds(*drawn: int, quick: tuple[int, ...] = ()) -> list[Any]:
+    """Parameters of which the default suite runs only the `quick` ones."""
+    return [pytest.param(seed, marks=[] if seed in quick else pytest.mark.slow) for seed in drawn]
+
+
+def far_enough(driver: Driver, files: int) -> None:
+    until(f"{files} files were written", lambda: len(driver.notes()) >= files, driver.over)
+
+
+def struck(what: str, driver: Driver, run: Undisturbed) -> int:
+    """How many slabs were committed when something was killed; AssertionError if the run was over by then."""
+    state, slabs = driver.state(), driver.committed()
+    print(f"{what} killed: {state['status']}, {slabs} of {run.slabs} slabs committed, looks done: {[*state['looks']]}")
+    assert state["status"] != "done"
+    return slabs
+
+
+@pytest.mark.parametrize("title", [SCORER, LOADER, WRITER])
+@pytest.mark.parametrize("seed", seeds(0, 1, 2))
+def test_killed_workers_change_nothing(seed, title, undisturbed, idle, tmp_path):
+    """Each time another file has been committed, or Ray would take a constructor for broken."""
+    chance = random.Random(seed)
+    moments = sorted(chance.sample(range(undisturbed.files - 1), chance.randint(1, 3)))
+    raylet = raylet_of(idle.head_node)
+    with undisturbed.task.started(str(tmp_path / "out"), RAY_ADDRESS=idle.address) as driver:
+        for files in moments:
+            far_enough(driver, files)
+            time.sleep(chance.uniform(0, 1))
+            catch(raylet, title, driver, chance.uniform(0, 0.1))
+            assert struck(title, driver, undisturbed) < undisturbed.slabs
+        undisturbed.equals(driver)
+
+
+def catch(raylet: int, title: str, driver: Driver, seconds: float) -> None:
+    """Kill a worker so called that has been at it for so many seconds, as soon as there is one."""
+    poll = WRITING_SECONDS if title == WRITER else POLL_SECONDS
+    while True:
+        victim = until(f"there was {title}", lambda: titled(below(raylet), title), driver.over, poll)[0]
+        time.sleep(seconds)
+        if titled([victim], title):
+            return kill(victim)
+
+
+@pytest.mark.parametrize("seed", seeds(20, 21, 22, 23))
+def test_a_lost_node_changes_nothing(seed, undisturbed, idle, tmp_path):
+    """What is left has room for all, for all but the tasks between actors, or not even for all actors at once."""
+    chance = random.Random(seed)
+    loaders, files = chance.choice([2, 3, 4]), chance.randrange(undisturbed.files - 1)
+    flags = ["--detect.scorers", "2", "--detect.loaders", str(loaders)]
+    node = idle.add_node(**NODE)
+    try:
+        with undisturbed.task.started(str(tmp_path / "out"), *flags, RAY_ADDRESS=idle.address) as driver:
+            far_enough(driver, files)
+            until("an actor was there", lambda: titled(below(raylet_of(node)), SCORER, LOADER), driver.over)
+            time.sleep(chance.uniform(0, 1))
+            at_work = titled(below(raylet_of(node)), SCORER, LOADER, WRITER)
+            idle.remove_node(node, allow_graceful=False)
+            assert struck(f"node with {len(at_work)} workers of {loaders} + 2", driver, undisturbed) < undisturbed.slabs
+            assert at_work
+            if chance.random() < 0.5:
+                idle.add_node(**NODE)
+            undisturbed.equals(driver)
+    finally:
+        for node in list(idle.worker_nodes):
+            idle.remove_node(node, allow_graceful=False)
+
+
+@dataclass(frozen=True)
+class Blow:
+    """When a driver is killed: early, before anything is committed; in the middle; or late, when all slabs are."""
+
+    phase: str
+    seconds: float
+    files: int
+
+    def wait(self, driver: Driver) -> None:
+        if self.phase == "middle":
+            far_enough(driver, self.files)
+        if self.phase == "late":
+            until("all was looked at", lambda: len(driver.state()["looks"]) == 2, driver.over)
+        time.sleep(self.seconds)
+
+
+def blow(phase: str, chance: random.Random, run: Undisturbed) -> Blow:
+    longest = {"early": run.seconds_to_first_file, "middle": 1.0, "late": 0.1}[phase]
+    return Blow(phase, chance.uniform(0, longest), chance.randrange(1, run.files - 1))
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What a killed driver has left."""
+
+    slabs: int
+    looks: dict[str, Any]
+    files: dict[str, bytes]
+    processes: list[int]
+
+    def went_on(self, driver: Driver, run: Undisturbed) -> None:
+        """Assert that the run of `driver` kept what there was, and looked at no slab of it again."""
+        looks = driver.state()["looks"]
+        anew = sum(look["slices"] - look["done_before"] for name, look in looks.items() if name not in self.looks)
+        assert anew <= run.slabs - self.slabs
+        assert self.files.items() <= driver.files().items()
+        assert gone(self.processes, SECONDS_TO_END)
+
+
+def killed(phase: str, driver: Driver, run: Undisturbed, chance: random.Random) -> Remains:
+    """End a driver, and only it, in a phase of its work."""
+    blow(phase, chance, run).wait(driver)
+    processes = below(driver.process.pid)
+    driver.process.kill()
+    driver.process.wait()
+    slabs = struck(f"{phase} driver", driver, run)
+    return Remains(slabs, driver.state()["looks"], driver.files(), processes)
+
+
+@pytest.mark.parametrize("where", ["of a cluster", "with a Ray of its own"])
+@pytest.mark.parametrize("phases", [["early"], ["middle"], ["late"], ["early", "middle"]], ids=" and ".join)
+@pytest.mark.parametrize("seed", seeds(40))
+def test_a_killed_driver_is_gone_on_with(seed, phases, where, undisturbed, idle, tmp_path):
+    """The same command is given again at once, perhaps while what the first one started is still ending."""
+    chance = random.Random(f"{seed} {phases} {where}")
+    address = {"RAY_ADDRESS": idle.address} if where == "of a cluster" else {}
+    for phase in phases:
+        with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
+            remains = killed(phase, driver, undisturbed, chance)
+    with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
+        undisturbed.equals(driver)
+        remains.went_on(driver, undisturbed)
+
+
+@pytest.mark.parametrize("where", ["of a cluster", "with a Ray of its own"])
+@pytest.mark.parametrize("phase", ["early", "middle"])
+@pytest.mark.parametrize("seed", seeds(50))
+def test_ctrl_c_ends_a_driver_and_all_that_it_started(seed, phase, where, undisturbed, idle, tmp_path):
+    chance = random.Random(f"{seed} {phase} {where}")
+    address = {"RAY_ADDRESS": idle.address} if where == "of a cluster" else {}
+    with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
+        until("it began", lambda: driver.state()["status"] == "running", driver.over)
+        blow(phase, chance, undisturbed).wait(driver)
+        started = below(driver.process.pid)
+        os.killpg(driver.process.pid, signal.SIGINT)
+        code, complaint = driver.result()
+        struck("Ctrl-C", driver, undisturbed)
+        print(complaint)
+        assert code == 130
+        assert complaint.endswith("motor-ray: stopped\n")
+        assert gone(started, SECONDS_TO_END)
+    with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
+        undisturbed.equals(driver)
+
+
+@pytest.fixture(scope="module")
+def stored(task: Task, s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same detection in a bucket, where nobody disturbed it."""
+    folder = s3.folder()
+    for name in ("archive", "model"):
+        files, path = filesystem(join(folder, name))
+        files.put(f"{getattr(task, name)}/", f"{path}/", recursive=True)
+    quick = {"archive": {"timeout_seconds": 2.0}}  # what stalls is asked for again soon
+    config = tmp_path_factory.mktemp("stored") / "settings.yaml"
+    config.write_text(settings_from(SETTINGS.model_dump() | quick).model_dump_json())
+    return undisturbed_run(Task(join(folder, "archive"), join(folder, "model"), str(config)), s3.folder())
+
+
+@pytest.mark.parametrize("seed", seeds(60, 61, 62))
+def test_a_store_that_fails_some_requests_loses_nothing(seed, stored, s3):
+    with faulty(s3.endpoint, seed, errors=0.05, resets=0.02, stalls=0.005, truncations=0.01) as proxy:
+        with stored.task.started(s3.folder(), AWS_ENDPOINT_URL=proxy.endpoint) as driver:
+            stored.equals(driver)
+        counts = proxy.counts()
+    looks = driver.state()["looks"].values()
+    print(f"{dict(counts)}, {[look['retries'] for look in looks]} retries, {driver.state()['seconds']} s")
+    assert counts["error"] > 10
+    assert sum(look["retries"] for look in looks) > 10
+
+
+@pytest.mark.parametrize("seed", seeds(70, 71))
+def test_a_driver_that_is_killed_beside_a_failing_store_is_gone_on_with(seed, stored, s3):
+    chance, out = random.Random(seed), s3.folder()
+    with faulty(s3.endpoint, seed, errors=0.05, resets=0.02, stalls=0.005, truncations=0.01) as proxy:
+        leads = {"AWS_ENDPOINT_URL": proxy.endpoint}
+        with stored.task.started(out, **leads) as driver:
+            remains = killed("middle", driver, stored, chance)
+        with stored.task.started(out, **leads) as driver:
+            stored.equals(driver)
+            remains.went_on(driver, stored)
