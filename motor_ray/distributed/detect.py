@@ -66,7 +66,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out):
-        job = Job(out, model, manifest, settings, run, plan_pools(room(), settings.detect))
+        job = Job(out, model, manifest, settings, run)
         job.start()
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
@@ -124,11 +124,9 @@ def run_at(out: str, run: dict[str, Any]) -> dict[str, Any]:
 class Job:
     """A run that is under way: the same archive is looked at twice."""
 
-    def __init__(
-        self, out: str, model: str, manifest: pa.Table, settings: RunSettings, run: dict[str, Any], pools: Pools
-    ) -> None:
-        self.out, self.model, self.manifest, self.settings = out, model, manifest, settings
-        self.run, self.pools = run, pools
+    def __init__(self, out: str, model: str, manifest: pa.Table, settings: RunSettings, run: dict[str, Any]) -> None:
+        self.out, self.model, self.manifest, self.settings, self.run = out, model, manifest, settings, run
+        self.pools = self._pools()
         # What Ray Data notes as done holds for one model, one archive and one set of settings only.
         identity = f"{run['model_sha256'][:12]}-{run['settings_hash']}-{run['manifest_hash']}"
         self.notes = join(out, "checkpoints", identity)
@@ -151,7 +149,7 @@ class Job:
         tally = Tally(self.manifest, places.plan, done_slabs(self.notes))
         if name in self.run["looks"] and not tally.left:
             return
-        self._balance()
+        self.pools = self._pools()
         load_seconds = self._score(name, places, tally) if tally.left else 0.0
         self.run["looks"][name] = tally.summary(load_seconds, self.pools)
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})
@@ -165,11 +163,13 @@ class Job:
             strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], self.settings) for row in rows}
             yield make_plan(rows, second_look(slabs, sizes, strides, detect), detect.slab_slices)
 
-    def _balance(self) -> None:
-        """From the second look on it is known how many loaders a scorer needs; unless it was said."""
+    def _pools(self) -> Pools:
+        """Actors for what the cluster is now; how many loaders a scorer needs is known from the second look on."""
+        pools = plan_pools(room(), self.settings.detect)
         rates = [said for said in self.run["looks"].values() if "score_seconds_per_slice" in said]
-        if rates and not self.settings.detect.loaders:
-            self.pools = self.pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
+        if not rates or self.settings.detect.loaders:
+            return pools
+        return pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
 
     def _score(self, name: str, places: Places, tally: "Tally") -> float:
         with watched(name, tally.slices, "slices", tally.tell) as board:

@@ -13,6 +13,9 @@ from motor_ray.slices.frame import Frame, resample
 SAMPLE_EDGE = 256
 """Percentiles are taken on about this many rows and columns: exact to a grey level, and 10x faster."""
 
+LARGEST_RANGE = 1e38
+"""Values that lie farther apart are no densities but damage, and soon no difference that float32 can hold."""
+
 
 def make_frames(image: NDArray[np.generic], frames: Sequence[Frame], settings: PreprocessSettings) -> NDArray[np.uint8]:
     """The frames ``(n, size, size)`` of a slice ``(y, x)`` of any real dtype; `frames` all lie on that slice."""
@@ -25,20 +28,45 @@ def make_frames(image: NDArray[np.generic], frames: Sequence[Frame], settings: P
 def to_uint8(image: NDArray[np.generic], settings: PreprocessSettings) -> NDArray[np.uint8]:
     """8-bit slices as they are; others clipped at percentiles and stretched to 0-255, a constant one to 0.
 
-    Pixels that are not finite become the darkest grey. Raises SliceCorruptError if none is finite.
+    NaN becomes the darkest grey, an infinity the end on its side. Raises SliceCorruptError if no pixel is finite, or
+    if they lie farther apart than densities can.
     """
     if image.dtype == np.uint8:
         return image.astype(np.uint8, copy=False)
     step_y, step_x = (max(edge // SAMPLE_EDGE, 1) for edge in image.shape)
-    sample = image[::step_y, ::step_x].astype(np.float32)
-    finite = sample[np.isfinite(sample)]
+    limits = grey_limits(image[::step_y, ::step_x], settings)
+    if limits is None:
+        raise SliceCorruptError(
+            f"no densities in a slice of {image.shape[0]} x {image.shape[1]} voxels: none is finite, or they lie "
+            f"{LARGEST_RANGE:g} apart; copy it again"
+        )
+    return stretch(image, *limits)
+
+
+def grey_limits(values: NDArray[np.generic], settings: PreprocessSettings) -> tuple[float, float] | None:
+    """The values that become black and white, for a sample of a slice, of any shape.
+
+    None if no value is finite, or if these two are more than LARGEST_RANGE apart.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
     if finite.size == 0:
-        raise SliceCorruptError(f"no finite pixel in a slice of {image.shape[0]} x {image.shape[1]} voxels")
+        return None
     low, high = np.percentile(finite, settings.clip_percentiles)
+    return (float(low), float(high)) if high - low < LARGEST_RANGE else None
+
+
+def stretch(image: NDArray[np.generic], low: float, high: float) -> NDArray[np.uint8]:
+    """`image` as bytes, from 0 at `low` or below, and for NaN, to 255 at `high` or above; 0 if these are the same."""
     if high <= low:
         return np.zeros(image.shape, np.uint8)
-    stretched = (np.nan_to_num(image.astype(np.float32), nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
-    return np.asarray(np.clip(np.rint(stretched), 0, 255), dtype=np.uint8)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes an infinity, and is clipped
+        values = image.astype(np.float32)
+    # fmax takes a number rather than NaN; all in place, for this is most of what such a slice costs.
+    np.fmin(np.fmax(values, low, out=values), high, out=values)
+    values -= low
+    values *= 255 / (high - low)
+    values += 0.5
+    return values.astype(np.uint8)
 
 
 def equalise(image: NDArray[np.uint8], settings: PreprocessSettings) -> NDArray[np.uint8]:

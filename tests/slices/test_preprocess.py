@@ -39,6 +39,27 @@ def test_a_constant_slice_is_black_and_one_without_a_finite_voxel_is_corrupt():
         to_uint8(np.full((9, 9), np.nan), RECIPE)
 
 
+def test_the_extremes_of_int16_and_infinities_end_up_at_the_ends():
+    image = NOISE.astype(np.int16)
+    image[0, :3] = [-32768, 32767, 0]
+    assert to_uint8(image, RECIPE)[0, :3].tolist() == [0, 255, 0]
+    whole = np.linspace(-32768, 32767, 90000).reshape(300, 300).astype(np.int16)
+    np.testing.assert_allclose(to_uint8(whole, RECIPE), np.interp(whole, (-32440, 32439), (0, 255)), atol=1)
+    for dtype in (np.float16, np.float32, np.float64):
+        image = NOISE.astype(dtype)
+        image[0, :3] = [-np.inf, np.inf, np.nan]
+        assert to_uint8(image, RECIPE)[0, :3].tolist() == [0, 255, 0]
+
+
+def test_a_slice_of_random_bits_is_corrupt_and_a_single_wild_float64_is_clipped():
+    bits = (np.random.default_rng(0).uniform(-1, 1, (200, 200)) * 3e38).astype(np.float32)
+    with pytest.raises(SliceCorruptError, match=r"200 x 200 voxels: none is finite, or they lie 1e\+38 apart"):
+        to_uint8(bits, RECIPE)
+    image = NOISE.astype(np.float64)
+    image[1, 1] = 1e300
+    assert to_uint8(image, RECIPE)[1, 1] == 255
+
+
 def test_preprocessing_leaves_its_input_alone():
     image = NOISE.astype(np.float32)
     before = image.copy()
