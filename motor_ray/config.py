@@ -218,7 +218,7 @@ class DetectSettings(Settings):
     max_detections: int = Field(20, ge=1)
     """Detections kept per slice, best first."""
 
-    slab_slices: int = Field(12, ge=1, le=64)
+    slab_slices: int = Field(16, ge=1, le=64)
     """Slices of one tomogram that are read together and travel as one row."""
 
     batch_frames: int = Field(8, ge=1)

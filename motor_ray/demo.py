@@ -90,14 +90,14 @@ def fresh_folder(out: str) -> Path:
     return folder
 
 
-def simulate(folder: Path, motor_counts: list[int], seed: int) -> Labels:
+def simulate(folder: Path, motor_counts: list[int], seed: int, shape: tuple[int, int, int] = SHAPE) -> Labels:
     """Simulate an archive under a bar; its labels."""
     with progress_bar(f"simulating {folder.name}", len(motor_counts), "tomograms") as show:
         return simulate_archive(
             str(folder),
             len(motor_counts),
             seed,
-            SHAPE,
+            shape,
             voxel_spacing_angstrom=SPACING_ANGSTROM,
             motor_counts=motor_counts,
             progress=show,

@@ -4,6 +4,7 @@ A slab is a few slices of one tomogram, and one row from plan to result. A first
 together that no motor falls between two of them.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,9 @@ def make_plan(tomograms: Iterable[Row], zs: Mapping[str, Sequence[int]], slab_sl
 
 
 def slabs(zs: Sequence[int], chunk_depth: int, slab_slices: int) -> Iterator[list[int]]:
-    """`zs`, ascending, cut into slabs so that no chunk layer is in two of them unless it must be."""
+    """`zs`, ascending, cut into slabs so that no chunk layer is in two of them unless it must be; else evenly."""
     longest = max(slab_slices, LAYER_SLICES) if chunk_depth > 1 else slab_slices
+    slab_slices = math.ceil(len(zs) / max(math.ceil(len(zs) / slab_slices), 1))
     slab: list[int] = []
     for layer in _layers(zs, chunk_depth):
         if slab and len(slab) + len(layer) > slab_slices:

@@ -117,7 +117,9 @@ def run_at(out: str, run: dict[str, Any]) -> dict[str, Any]:
     identity = ("settings_hash", "model_sha256", "manifest_hash")
     differing = [name for name in identity if there.get(name) != run[name]]
     if differing:
-        raise RunError(f"{out}: holds a run with another {' and '.join(differing)}; give --out another folder")
+        begun = join(out, "tomograms.parquet")
+        hint = f", or --manifest {begun} to go on with its tomograms" if differing == ["manifest_hash"] else ""
+        raise RunError(f"{out}: holds a run with another {' and '.join(differing)}; give --out another folder{hint}")
     return there
 
 

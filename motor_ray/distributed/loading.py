@@ -31,13 +31,10 @@ OPEN_TOMOGRAMS = 4
 """Tomograms that are kept open: slabs come in the plan's order, so the next one is mostly of the same tomogram."""
 
 
-class Loaded(NamedTuple):
-    """What became of a slice: its frames, or the error it ended with."""
+class Fate(NamedTuple):
+    """What became of a slice: a note, or the error it ended with."""
 
-    frames: NDArray[np.uint8] | None
-    """``(tiles, size, size)``."""
-
-    error: MotorRayError | None = None
+    error: MotorRayError | None
     note: str | None = None
 
 
@@ -66,20 +63,20 @@ class LoadSlab:
     def load(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The FRAMES row of a PLAN row; ``frames`` is an array ``(n, tiles, size, size)``."""
         wanted = with_neighbours(row["zs"], row["size_z"], self.settings)
-        loaded = self._load_slices(row, wanted)
-        pixels = [one.frames for one in loaded.values() if one.frames is not None]
-        places = {z: place for place, z in enumerate(z for z in wanted if loaded[z].frames is not None)}
+        frames, fates = self._load_slices(row, wanted)
+        places = {z: place for place, z in enumerate(z for z in wanted if fates[z].error is None)}
         good = [z for z in row["zs"] if z in places]
         return dict(row) | {
-            "loaded": [entry_of(z, loaded[z]) for z in row["zs"]],
-            "frames": np.stack(pixels) if pixels else np.empty(0, np.uint8),
+            "loaded": [entry_of(z, fates[z]) for z in row["zs"]],
+            "frames": frames,
             "channels": [places.get(c, places[z]) for z in good for c in self._channels(z, row["size_z"])],
         }
 
     def _channels(self, z: int, size_z: int) -> list[int]:
         return with_neighbours([z], size_z, self.settings, clamp=True)
 
-    def _load_slices(self, row: Mapping[str, Any], zs: list[int]) -> dict[int, Loaded]:
+    def _load_slices(self, row: Mapping[str, Any], zs: list[int]) -> tuple[NDArray[np.uint8], dict[int, Fate]]:
+        """The frames ``(n, tiles, size, size)`` of those of the slices `zs` that are good, and what became of each."""
         shape = (row["size_z"], row["size_y"], row["size_x"])
         try:
             placement = frames_of(shape[1:], row["voxel_spacing_angstrom"], self.settings.frame)
@@ -87,23 +84,32 @@ class LoadSlab:
         except OutageError:
             raise
         except MotorRayError as error:
-            return dict.fromkeys(zs, Loaded(None, error))
+            return np.empty(0, np.uint8), dict.fromkeys(zs, Fate(error))
         images = read_slices(reader, zs, READ_THREADS)
         fault = self._find_repair([image for image in images if not isinstance(image, Exception)])
-        return {z: self._make_frames(image, fault, placement) for z, image in zip(zs, images, strict=True)}
+        size, good = self.settings.frame.size, 0
+        frames = np.empty((len(zs), len(placement), size, size), np.uint8)
+        fates = {}
+        for z, image in zip(zs, images, strict=True):
+            fates[z] = self._make_frames(image, fault, placement, frames[good])
+            good += fates[z].error is None
+        return frames[:good], fates
 
     def _find_repair(self, images: list[NDArray[Any]]) -> Repair:
         if not self.settings.archive.repair:
             return Repair(wrapped=False, inverted=False)
         return find_repair(images, self.settings.preprocess)
 
-    def _make_frames(self, image: NDArray[Any] | MotorRayError, fault: Repair, placement: list[Frame]) -> Loaded:
+    def _make_frames(
+        self, image: NDArray[Any] | MotorRayError, fault: Repair, placement: list[Frame], out: NDArray[np.uint8]
+    ) -> Fate:
         if isinstance(image, Exception):
-            return Loaded(None, image)
+            return Fate(image)
         try:
-            return Loaded(make_frames(repaired(image, fault), placement, self.settings.preprocess), note=fault.note)
+            make_frames(repaired(image, fault), placement, self.settings.preprocess, out)
         except MotorRayError as error:
-            return Loaded(None, error)
+            return Fate(error)
+        return Fate(None, fault.note)
 
     def _open_tomogram(self, uri: str, format: str, shape: tuple[int, int, int]) -> TomogramReader:
         return open_tomogram(uri, format, shape, self.settings.archive)
@@ -127,9 +133,9 @@ def with_neighbours(zs: list[int], size_z: int, settings: RunSettings, *, clamp:
     return near if clamp else sorted(set(near))
 
 
-def entry_of(z: int, loaded: Loaded) -> dict[str, Any]:
+def entry_of(z: int, fate: Fate) -> dict[str, Any]:
     """What became of slice `z`: an entry of FRAMES' ``loaded``."""
-    if loaded.error is None:
-        return {"z": z, "status": "ok", "error": None, "note": loaded.note}
-    status = "missing" if isinstance(loaded.error, SliceMissingError) else "corrupt"
-    return {"z": z, "status": status, "error": str(loaded.error), "note": None}
+    if fate.error is None:
+        return {"z": z, "status": "ok", "error": None, "note": fate.note}
+    status = "missing" if isinstance(fate.error, SliceMissingError) else "corrupt"
+    return {"z": z, "status": status, "error": str(fate.error), "note": None}

@@ -56,15 +56,21 @@ class Frame:
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
         return np.hstack([self.to_slice(boxes[:, :2]), boxes[:, 2:] / self.scale])
 
-    def cut(self, resampled: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The ``(size, size)`` frame of a resampled slice ``(y, x)``; beyond the slice it is the slice's mean grey."""
+    def cut(self, resampled: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The ``(size, size)`` frame of a resampled slice ``(y, x)``; beyond the slice it is the slice's mean grey.
+
+        It is written to `out` if that is given, an array of that shape.
+        """
         top, left = self.origin
         inside = resampled[max(top, 0) : top + self.size, max(left, 0) : left + self.size]
-        if inside.shape == (self.size, self.size):
-            return np.ascontiguousarray(inside)
-        frame = np.full((self.size, self.size), round(cv2.mean(resampled)[0]), np.uint8)
+        frame = np.empty((self.size, self.size), np.uint8) if out is None else out
         above, before = max(-top, 0), max(-left, 0)
-        frame[above : above + inside.shape[0], before : before + inside.shape[1]] = inside
+        rows, columns = slice(above, above + inside.shape[0]), slice(before, before + inside.shape[1])
+        if inside.shape != frame.shape:
+            grey = round(cv2.mean(resampled)[0])
+            frame[:above], frame[rows.stop :] = grey, grey
+            frame[:, :before], frame[:, columns.stop :] = grey, grey
+        frame[rows, columns] = inside
         return frame
 
 

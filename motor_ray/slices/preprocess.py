@@ -17,12 +17,24 @@ LARGEST_RANGE = 1e38
 """Values that lie farther apart are no densities but damage, and soon no difference that float32 can hold."""
 
 
-def make_frames(image: NDArray[np.generic], frames: Sequence[Frame], settings: PreprocessSettings) -> NDArray[np.uint8]:
-    """The frames ``(n, size, size)`` of a slice ``(y, x)`` of any real dtype; `frames` all lie on that slice."""
+def make_frames(
+    image: NDArray[np.generic],
+    frames: Sequence[Frame],
+    settings: PreprocessSettings,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The frames ``(n, size, size)`` of a slice ``(y, x)`` of any real dtype; `frames` all lie on that slice.
+
+    They are written to `out` if that is given, an array of that shape: a fresh one for each slice of a slab would be
+    copied once more.
+    """
     grey = resample(to_uint8(image, settings), frames[0].resampled_shape)
     if settings.clahe:
         grey = equalise(grey, settings)
-    return np.stack([frame.cut(grey) for frame in frames])
+    made = np.empty((len(frames), frames[0].size, frames[0].size), np.uint8) if out is None else out
+    for frame, place in zip(frames, made, strict=True):
+        frame.cut(grey, place)
+    return made
 
 
 def to_uint8(image: NDArray[np.generic], settings: PreprocessSettings) -> NDArray[np.uint8]:

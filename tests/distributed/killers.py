@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -22,26 +22,37 @@ WRITING_SECONDS = 0.001
 """How often to look for something that is over in a blink."""
 
 
-def below(root: int) -> list[int]:
+class Process(NamedTuple):
+    """A process, and no other that is given its number once it has ended."""
+
+    pid: int
+    started: str
+
+    @property
+    def title(self) -> str:
+        """How it calls itself, its arguments if it says nothing else; empty if it has ended."""
+        return _read(Path(f"/proc/{self.pid}/cmdline")).replace("\0", " ").strip()
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended; its parent need not have taken note."""
+        return _process(self.pid) == self
+
+
+def below(root: int) -> list[Process]:
     """All descendants of the process `root`."""
     found, ahead = [], [root]
     while ahead:
         parent = ahead.pop()
         lists = (_read(thread / "children") for thread in Path(f"/proc/{parent}/task").glob("*"))
         children = [int(pid) for pids in lists for pid in pids.split()]
-        found += children
+        found += [child for pid in children if (child := _process(pid))]
         ahead += children
     return found
 
 
-def alive(pids: Iterable[int]) -> list[int]:
-    """Those of `pids` that have not ended."""
-    return [pid for pid in pids if _is_alive(pid)]
-
-
-def titled(pids: Iterable[int], *titles: str) -> list[int]:
-    """Those of `pids` whose titles begin with one of `titles`."""
-    return [pid for pid in pids if _read(Path(f"/proc/{pid}/cmdline")).startswith(titles)]
+def titled(processes: Iterable[Process], *titles: str) -> list[Process]:
+    """Those of `processes` whose titles begin with one of `titles`."""
+    return [process for process in processes if process.title.startswith(titles)]
 
 
 def raylet_of(node: Any) -> int:
@@ -50,9 +61,9 @@ def raylet_of(node: Any) -> int:
     return int(raylet.process.pid)
 
 
-def kill(pid: int) -> None:
-    """End the process `pid` as a crash or the kernel's out-of-memory killer does."""
-    os.kill(pid, signal.SIGKILL)
+def kill(process: Process) -> None:
+    """End `process` as a crash or the kernel's out-of-memory killer does."""
+    os.kill(process.pid, signal.SIGKILL)
 
 
 def until(what: str, happens: Callable[[], T], over: Callable[[], bool], poll: float = POLL_SECONDS) -> T:
@@ -65,21 +76,20 @@ def until(what: str, happens: Callable[[], T], over: Callable[[], bool], poll: f
         time.sleep(poll)
 
 
-def gone(pids: Iterable[int], seconds: float) -> bool:
-    """Wait for `pids` to end, for so long at most; whether they did."""
+def left_of(processes: Iterable[Process], seconds: float) -> list[str]:
+    """The titles of those of `processes` that have not ended after so many seconds; none as soon as all have."""
     deadline = time.monotonic() + seconds
-    while left := alive(pids):
+    while left := [process for process in processes if process.is_alive()]:
         if time.monotonic() > deadline:
-            return False
-        pids = left
+            return [process.title for process in left]
+        processes = left
         time.sleep(POLL_SECONDS)
-    return True
+    return []
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether the process `pid` has not ended; its parent need not have taken note."""
-    state = _read(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
-    return state not in ("", "Z", "X")
+def _process(pid: int) -> Process | None:
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(") ")[2].split()
+    return Process(pid, fields[19]) if fields and fields[0] not in "ZX" else None
 
 
 def _read(path: Path) -> str:

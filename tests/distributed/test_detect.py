@@ -80,8 +80,10 @@ def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(da
     stricter = settings_from(settings.model_dump() | {"detect": {"score_threshold": 0.9}})
     with pytest.raises(RunError, match="another settings_hash; give --out another folder"):
         detect(manifest, NONE, checkpoint, out, stricter)
-    with pytest.raises(RunError, match="another manifest_hash"):
+    with pytest.raises(RunError, match=r"another manifest_hash.*or --manifest .*tomograms\.parquet to go on"):
         detect(manifest.slice(1), NONE, checkpoint, out, settings)
+    begun = storage.read_table(str(tmp_path / "run" / "tomograms.parquet"))
+    assert detect(begun, NONE, checkpoint, out, settings) == first
 
 
 def test_nothing_is_written_before_the_model_is_known_to_be_one(settings, tmp_path, archive):

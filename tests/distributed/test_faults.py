@@ -34,10 +34,10 @@ from tests.distributed.killers import (
     SCORER,
     WRITER,
     WRITING_SECONDS,
-    alive,
+    Process,
     below,
-    gone,
     kill,
+    left_of,
     raylet_of,
     titled,
     until,
@@ -89,7 +89,7 @@ class Task:
                 left = below(process.pid)
                 process.kill()
                 process.wait()
-                assert gone(left, SECONDS_TO_END)
+                assert not left_of(left, SECONDS_TO_END)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def undisturbed(task: Task, cluster: Cluster, tmp_path_factory: pytest.TempPathF
 def idle(cluster: Cluster) -> Cluster:
     """The cluster, when those who worked for an earlier driver have ended."""
     workers = titled(below(raylet_of(cluster.head_node)), SCORER, LOADER, WRITER)
-    assert gone(workers, SECONDS_TO_END)
+    assert not left_of(workers, SECONDS_TO_END)
     return cluster
 
 
@@ -319,7 +319,7 @@ class Remains:
     slabs: int
     looks: dict[str, Any]
     files: dict[str, bytes]
-    processes: list[int]
+    processes: list[Process]
 
     def went_on(self, driver: Driver, run: Undisturbed) -> None:
         """Assert that the run of `driver` kept what there was, and looked at no slab of it again."""
@@ -327,7 +327,7 @@ class Remains:
         anew = sum(look["slices"] - look["done_before"] for name, look in looks.items() if name not in self.looks)
         assert anew <= run.slabs - self.slabs
         assert self.files.items() <= driver.files().items()
-        assert gone(self.processes, SECONDS_TO_END)
+        assert not left_of(self.processes, SECONDS_TO_END)
 
 
 def killed(phase: str, driver: Driver, run: Undisturbed, chance: random.Random) -> Remains:
@@ -371,7 +371,7 @@ def test_ctrl_c_ends_a_driver_and_all_that_it_started(seed, phase, where, undist
         print(complaint)
         assert code == 130
         assert complaint.endswith("motor-ray: stopped\n")
-        assert gone(started, SECONDS_TO_END)
+        assert not left_of(started, SECONDS_TO_END)
     with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
         undisturbed.equals(driver)
 
