@@ -330,11 +330,14 @@ class Figure:
 class Bench:
     """Measure how fast this machine is, as ratios within one run."""
 
-    what: tyro.conf.Positional[Literal["model", "detect"]]
-    """What to measure: the network, or the pipeline that feeds it from object storage."""
+    what: tyro.conf.Positional[Literal["model", "detect", "looks"]]
+    """What to measure: the network; the pipeline that feeds it from object storage; what looking twice saves."""
 
     parts: tuple[Literal["device", "peers", "growth", "model"], ...] = ()
     """Parts of `bench detect`; all of them when not given."""
+
+    model: str | None = None
+    """Checkpoint for `bench looks`; the demo's is trained when not given."""
 
     out: str | None = None
     """JSON file to write, beside stdout."""
@@ -349,14 +352,20 @@ class Bench:
         return result, 0
 
     def _measure(self) -> dict[str, Any]:
+        if self.parts and self.what != "detect":
+            raise ConfigError("--parts chooses among the parts of `motor-ray bench detect`; leave it out here")
+        if self.model and self.what != "looks":
+            raise ConfigError("--model is the detector of `motor-ray bench looks`; leave it out here")
         if self.what == "detect":
             from motor_ray.bench.detect import PARTS, bench_detect
 
             return bench_detect(self.parts or PARTS)
+        if self.what == "looks":
+            from motor_ray.bench.looks import bench_looks
+
+            return bench_looks(self.model)
         from motor_ray.bench.model import bench_model
 
-        if self.parts:
-            raise ConfigError("--parts chooses among the parts of `motor-ray bench detect`; leave it out here")
         return bench_model()
 
 

@@ -1,0 +1,50 @@
+"""What is asked of detection, and whether what was measured meets it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from motor_ray.bench.memory import Peaks
+
+WANTED = {
+    "device_share": (">=", 0.98),
+    "first_result_seconds": ("<=", 8.0),
+    "slices_per_second": (">=", 230.0),
+    "times_as_fast_as_daft": (">=", 1.0),
+    "memory_growth": ("<=", 0.10),
+    "row_megabytes": ("<=", 10.0),
+    "time_per_slice_growth": ("<=", 0.05),
+    "model_share": (">=", 0.90),
+}
+"""What is asked of each figure; growth is a share of the smaller archive's."""
+
+JUDGED = ("driver", "LoadSlab", "StandIn")
+"""Processes whose memory must not grow with the archive."""
+
+
+def judge(figures: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Each figure, what is wanted of it, and whether it is so."""
+    judged = {}
+    for name, (relation, limit) in WANTED.items():
+        if name in figures:
+            figure = figures[name]
+            is_met = figure >= limit if relation == ">=" else figure <= limit
+            judged[name] = {"figure": round(figure, 4), "wanted": f"{relation} {limit:g}", "ok": is_met}
+    return judged
+
+
+def memory_growth(few: Mapping[str, float], many: Mapping[str, float]) -> float:
+    """By what share the peak of the driver, or of an actor, is higher with many tomograms; of that which grew most."""
+    return max(many[name] / few[name] for name in JUDGED) - 1
+
+
+def highest(peaks: Iterable[Mapping[str, float]]) -> Peaks:
+    """The highest peak of each name."""
+    most: Peaks = {}
+    for one in peaks:
+        most = {name: max(most.get(name, 0.0), one.get(name, 0.0)) for name in {**most, **one}}
+    return most
+
+
+def rounded(peaks: Peaks) -> Peaks:
+    """In whole megabytes."""
+    return {name: round(megabytes) for name, megabytes in sorted(peaks.items())}
