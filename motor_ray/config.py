@@ -334,10 +334,10 @@ HOW_NOT_WHAT = {
 def results_hash(settings: RunSettings) -> str:
     """A short name for what these settings find: equal for settings that differ only in HOW_NOT_WHAT."""
     usual = RunSettings()
-    groups = {
-        group: getattr(settings, group).model_copy(update={name: getattr(getattr(usual, group), name) for name in names})
-        for group, names in HOW_NOT_WHAT.items()
-    }
+    groups = {}
+    for group, names in HOW_NOT_WHAT.items():
+        same = {name: getattr(getattr(usual, group), name) for name in names}
+        groups[group] = getattr(settings, group).model_copy(update=same)
     return settings_hash(settings.model_copy(update=groups))
 
 

@@ -3,6 +3,7 @@
 Knows no storage: a request says with TransientError that another try may go better.
 """
 
+import errno
 import os
 import re
 import threading
@@ -27,6 +28,14 @@ PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds: up to 0.5 before the second try, up to twice as long before each further one, never above 20."""
 
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_CREDENTIALS = (
+    *("ExpiredToken", "expired", "InvalidAccessKeyId", "does not exist in our records", "InvalidToken"),
+    *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "signature we calculated", "redentials"),
+)
+"""What S3 servers and clients say of credentials as such, not of what they may do with one object."""
+
+_DISK_GONE = frozenset([errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE])
+
 _lock = threading.Lock()
 _count = 0
 
@@ -62,7 +71,8 @@ async def persist_async(request: Callable[[], Awaitable[Answer]], uri: str, atte
 def failure(uri: str, what: str, error: Exception) -> StorageError:
     """The error to raise for `uri`, of which ``what`` (such as "cannot be read") is true because of `error`.
 
-    A StorageError says all that already, and an outage stays one: it says nothing about `uri`.
+    A StorageError says all that already, and an outage stays one: it says nothing about `uri`. Nor do credentials
+    that are missing or have run out, or a disk that is gone: these are outages, too.
     """
     if isinstance(error, StorageError):
         return error
@@ -72,7 +82,15 @@ def failure(uri: str, what: str, error: Exception) -> StorageError:
             "; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the profile, and what they may do there; public "
             "archives are read with --archive.anonymous"
         )
-    return StorageError(f"{uri}: {what} ({reason(error)}){hint}")
+    kind = OutageError if _is_everywhere(error) else StorageError
+    return kind(f"{uri}: {what} ({reason(error)}){hint}")
+
+
+def _is_everywhere(error: Exception) -> bool:
+    """Whether other files would fail for the same reason."""
+    if isinstance(error, PermissionError) and error.errno is None:
+        return any(sign in str(error) for sign in _CREDENTIALS)
+    return isinstance(error, OSError) and error.errno in _DISK_GONE
 
 
 def reason(error: BaseException) -> str:

@@ -143,10 +143,11 @@ class Manifest:
 
     def run(self) -> Result:
         """Write the table."""
-        from motor_ray.archive.manifest import find_tomograms, write_manifest
+        from motor_ray.archive.manifest import check_usable, find_tomograms, write_manifest
 
         table, failures = find_tomograms(self.archive, all_settings(self).archive)
-        write_manifest(table, self.out)
+        check_usable(table, failures)
+        write_manifest(table, self.out, failures)
         unusable = failures["error"].to_pylist()
         slices = sum(table["size_z"].to_pylist())
         result = {"manifest": self.out, "tomograms": len(table), "slices": slices, "unusable": unusable}
@@ -221,15 +222,14 @@ class Detect:
 
     def run(self) -> Result:
         """Detect."""
-        from motor_ray.archive.manifest import find_tomograms, read_manifest
+        from motor_ray.archive.manifest import find_tomograms, read_manifest, read_unusable
         from motor_ray.distributed.detect import detect, dry_run
-        from motor_ray.tables import FAILURES
 
         if (self.archive is None) == (self.manifest is None):
             raise ConfigError("give either --archive or --manifest, the tomograms to look at")
         settings = all_settings(self)
         if self.manifest:
-            tomograms = (read_manifest(self.manifest), FAILURES.empty_table())
+            tomograms = (read_manifest(self.manifest), read_unusable(self.manifest))
         else:
             tomograms = find_tomograms(str(self.archive), settings.archive)
         if self.dry_run:

@@ -28,7 +28,7 @@ ALLOWED = {
     "errors": set(),
     "tables": set(),
     "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress", "results", "demo"},
-    "demo": BASE | {"archive", "distributed", "results", "progress"},
+    "demo": BASE | {"archive", "detector", "distributed", "results", "progress"},
     "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
     "cli": BASE | {"verbs"},
 }

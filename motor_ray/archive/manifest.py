@@ -16,7 +16,7 @@ from motor_ray.archive.portal import name_apart
 from motor_ray.archive.readers import FORMATS
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError
-from motor_ray.storage import read_bytes, write_bytes
+from motor_ray.storage import exists, read_bytes, read_table, write_table
 from motor_ray.tables import FAILURES, MANIFEST
 
 _NULLABLE = ("voxel_spacing_angstrom", "chunk_depth")
@@ -60,6 +60,12 @@ def find_tomograms(archive_uri: str, settings: ArchiveSettings) -> tuple[pa.Tabl
     return _sorted(rows, MANIFEST), _sorted(failures, FAILURES)
 
 
+def check_usable(manifest: pa.Table, unusable: pa.Table) -> None:
+    """Raises ManifestError, with the reasons, if there is no tomogram to look at."""
+    if len(manifest) == 0:
+        raise ManifestError(f"no tomogram of the archive can be used: {'; '.join(unusable['error'].to_pylist()[:3])}")
+
+
 def read_manifest(uri: str) -> pa.Table:
     """The MANIFEST in the Parquet file `uri`. Raises StorageError if it is unreadable, ManifestError if it is wrong."""
     try:
@@ -70,11 +76,22 @@ def read_manifest(uri: str) -> pa.Table:
     return check_manifest(table, uri)
 
 
-def write_manifest(table: pa.Table, uri: str) -> None:
-    """Write `table` to the Parquet file `uri`. Raises ManifestError if it is no MANIFEST, StorageError if it cannot."""
-    sink = io.BytesIO()
-    pq.write_table(check_manifest(table, uri), sink)
-    write_bytes(uri, sink.getvalue())
+def write_manifest(table: pa.Table, uri: str, unusable: pa.Table) -> None:
+    """Write `table` to the Parquet file `uri`, and FAILURES of tomograms that cannot be used to one beside it.
+
+    Raises ManifestError if `table` is no MANIFEST, StorageError if it cannot be written.
+    """
+    write_table(check_manifest(table, uri), uri)
+    write_table(unusable, _beside(uri))
+
+
+def read_unusable(uri: str) -> pa.Table:
+    """The FAILURES that were written beside the manifest `uri`; none if it was made otherwise."""
+    return read_table(_beside(uri)) if exists(_beside(uri)) else FAILURES.empty_table()
+
+
+def _beside(uri: str) -> str:
+    return f"{uri.removesuffix('.parquet')}.failures.parquet"
 
 
 def check_manifest(table: pa.Table, source: str = "manifest") -> pa.Table:

@@ -18,8 +18,9 @@ Row = dict[str, Any]
 COARSEST_ANGSTROM = 20.0
 """Taken for the voxel spacing of a tomogram whose own is unknown: looks are then close enough at any usual one."""
 
-LAYER_SLICES = 32
-"""Slices of one chunk layer that may travel as one row, even if slabs are shorter: a layer is then read once."""
+LAYER_SLICES = 19
+"""Slices of one chunk layer that may travel as one row, even if slabs are shorter: a layer is then read once. That
+many frames of 720 x 720 have 10 MB, the most that Ray wants in a row."""
 
 PIECE = 1000
 """Tomograms whose slabs are held in memory at a time."""

@@ -112,4 +112,4 @@ def _gather(job: Job, notes: list[Note], started: float, ended: float, memory: P
 
 def _last_words(log_file: Path) -> str:
     lines = log_file.read_text(errors="replace").strip().splitlines()
-    return " ".join(lines[-3:]) or "ended without a word"
+    return lines[-1] if lines else "it ended without a word"

@@ -101,13 +101,12 @@ def motor_ray(job: Job) -> Said:
 def scorer_of(job: Job, pools: "Pools", board: "Board") -> "Stage":
     """The job's scorer as an operator of the pipeline, with the arguments that `detect` gives."""
     from motor_ray.bench.devices import StandIn, Timed
-    from motor_ray.distributed.cluster import cores
     from motor_ray.distributed.pipeline import Stage
 
     arguments = {"notebook": job.place("scored.txt"), "settings": job.run_settings(), "report": board.tick}
     if job.model is None:
         return Stage(StandIn, arguments | {"seconds": job.seconds})
-    return Stage(Timed, arguments | {"model": job.model, "threads": max(cores() // pools.scorers, 1)})
+    return Stage(Timed, arguments | {"model": job.model, "per_node": pools.scorers})
 
 
 def plain_loop(job: Job) -> Said:
@@ -125,14 +124,13 @@ def resident(job: Job) -> Said:
     import torch
 
     from motor_ray.bench.notes import Notebook
-    from motor_ray.distributed.cluster import cores
     from motor_ray.distributed.frames import pixels_of
     from motor_ray.distributed.loading import LoadSlab
     from motor_ray.distributed.scoring import ScoreFrames
 
     settings, plan = job.run_settings(), job.plan()
     frames = LoadSlab(settings)(plan.slice(0, 1))
-    scorer = ScoreFrames(settings, str(job.model), threads=cores())
+    scorer = ScoreFrames(settings, str(job.model))
     size = settings.frame.size
     images = torch.from_numpy(np.array(pixels_of(frames)[0])).reshape(-1, 1, size, size)
     notebook = Notebook(job.place("scored.txt"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import ray
 import ray.data  # sets up the logger that is quietened below
 
+from motor_ray.detector.device import cores
 from motor_ray.errors import RunError
 
 LOCAL_SLOTS = 6
@@ -65,9 +66,9 @@ def object_store_limit(limit: int) -> Iterator[None]:
         options.resource_limits = before
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def nodes() -> int:
+    """Nodes of the cluster that have CPUs for work."""
+    return max(sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()), 1)  # type: ignore[no-untyped-call]
 
 
 def gpus() -> int:

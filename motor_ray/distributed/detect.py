@@ -7,10 +7,12 @@
 The same command goes on with a run that broke off, and leaves a finished one alone.
 """
 
+import contextlib
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -18,20 +20,21 @@ import pyarrow.parquet as pq
 import ray
 
 from motor_ray import __version__
+from motor_ray.archive.manifest import check_usable, write_manifest
 from motor_ray.archive.plan import first_look, make_plan, z_stride
 from motor_ray.config import RunSettings, results_hash
 from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
-from motor_ray.distributed.cluster import connected, cores
+from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
-from motor_ray.distributed.ledger import alone, done_slabs, gather, plan_pieces, settle, slab_pieces
+from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.progress import Board, News, watched
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.errors import ManifestError, RunError
+from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.second_look import second_look
-from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json, write_table
+from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json
 from motor_ray.tables import PLAN, table_hash
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     of tomograms that are not in `manifest`; if there are no others, ManifestError says why. Raises RunError if the
     cluster can never run it, UnfinishedError if it broke or its counts do not add up.
     """
-    check_tomograms(manifest, unusable)
+    check_usable(manifest, unusable)
     model, out, manifest = absolute(model), absolute(out), manifest.sort_by("tomo_id")
     checkpoint = load_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)
@@ -65,29 +68,32 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
         return there
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
-    with connected(local_slots(settings.detect)), alone(out):
+    with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
         job = Job(out, model, manifest, settings, run)
-        job.start()
+        job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
-    counts = gather(out, job.plans(), manifest, settings, unusable)
-    result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
-    write_json(join(out, "run.json"), result)
+        counts = gather(out, job.plans(), manifest, settings, unusable)
+        result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
+        write_json(join(out, "run.json"), result)
     return result
+
+
+@contextlib.contextmanager
+def storage_watched(out: str) -> Iterator[None]:
+    """Storage that fails while the block runs leaves the run unfinished: UnfinishedError."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UnfinishedError(f"{out}: detection stopped: {error}; run the same command again") from error
 
 
 def dry_run(manifest: pa.Table, unusable: pa.Table, model: str, settings: RunSettings) -> dict[str, Any]:
     """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
-    check_tomograms(manifest, unusable)
+    check_usable(manifest, unusable)
     model = absolute(model)
     settings = settings_of_model(load_checkpoint(model).settings, settings)
     return estimate(manifest, model, settings) | {"unusable": unusable["error"].to_pylist()}
-
-
-def check_tomograms(manifest: pa.Table, unusable: pa.Table) -> None:
-    """Raises ManifestError, with the reasons, if there is no tomogram to look at."""
-    if len(manifest) == 0:
-        raise ManifestError(f"no tomogram of the archive can be used: {'; '.join(unusable['error'].to_pylist()[:3])}")
 
 
 def settings_of_model(trained: RunSettings, asked: RunSettings) -> RunSettings:
@@ -133,10 +139,10 @@ class Job:
         identity = f"{run['model_sha256'][:12]}-{run['settings_hash']}-{run['manifest_hash']}"
         self.notes = join(out, "checkpoints", identity)
 
-    def start(self) -> None:
+    def start(self, unusable: pa.Table) -> None:
         """Write what a run begins with, and mend what one that broke off left behind."""
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})
-        write_table(self.manifest, join(self.out, "tomograms.parquet"))
+        write_manifest(self.manifest, join(self.out, "tomograms.parquet"), unusable)
         settle(join(self.out, "slabs"), self.notes)
 
     def plans(self) -> list[str]:
@@ -158,8 +164,8 @@ class Job:
 
     def plan_second_look(self) -> Iterable[pa.Table]:
         """The PLAN of what is worth a closer look, in pieces."""
-        detect = self.settings.detect
-        for tomograms, slabs in slab_pieces(join(self.out, "slabs"), self.manifest):
+        detect, first = self.settings.detect, [self.plans()[0]]
+        for tomograms, slabs in complete_pieces(self.out, first, self.manifest):
             rows = tomograms.to_pylist()
             sizes = {row["tomo_id"]: row["size_z"] for row in rows}
             strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], self.settings) for row in rows}
@@ -177,9 +183,7 @@ class Job:
         with watched(name, tally.slices, "slices", tally.tell) as board:
             loader = Stage(LoadSlab, {"settings": self.settings, "count": board.count})
             scorer = Stage(ScoreFrames, self._scorer_arguments(tally.left, board))
-            load_seconds = run_pipeline(places, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
-            tally.tell(board.read())
-        return load_seconds
+            return run_pipeline(places, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
 
     def _scorer_arguments(self, slices: int, board: Board) -> dict[str, Any]:
         """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
@@ -187,7 +191,7 @@ class Job:
         return {
             "settings": self.settings,
             "model": self.model,
-            "threads": max(cores() // scorers, 1),
+            "per_node": math.ceil(scorers / nodes()),
             "compiled": compilation(slices // scorers, self.settings),
             "report": board.tick,
         }
@@ -223,6 +227,7 @@ class Tally:
                 self.before += slices if is_done else 0
                 self.unseen[slab["tomo_id"]] += 0 if is_done else slices
         self.tomograms, self.finished = len(self.unseen), sum(not left for left in self.unseen.values())
+        self.retries_before = retries()
         self.news = News(0, "", {}, {}, 0.0, None)
 
     @property
@@ -252,7 +257,7 @@ class Tally:
             "done_before": self.before,
             "loaders": pools.loaders,
             "scorers": pools.scorers,
-            "retries": self.news.counts.get("retries", 0) + retries(),
+            "retries": self.news.counts.get("retries", 0) + retries() - self.retries_before,
         }
         if not (steady := self.news.steady):
             return said

@@ -11,12 +11,13 @@ import ray
 
 from motor_ray.archive.plan import first_look, z_stride
 from motor_ray.config import RunSettings
-from motor_ray.distributed.cluster import connected, cores, root_cause
+from motor_ray.distributed.cluster import connected, nodes, root_cause
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pipeline import Stage
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import UnfinishedError
+from motor_ray.motors.failures import failed_slices
 from motor_ray.motors.second_look import second_look
 from motor_ray.progress import progress_bar
 from motor_ray.storage import Traffic, traffic
@@ -80,17 +81,16 @@ def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str,
         "bottleneck": max(stages, key=lambda stage: stages[stage]),
         "hours": round(looks * max(stages.values()) / 3600, 3),
         "sampled_slices": sample.slices,
+        "sampled_failures": failed_slices(sample.slabs, manifest)["error"].to_pylist()[:3],
     }
 
 
 def take_sample(manifest: pa.Table, model: str, settings: RunSettings, pools: Pools) -> Sample:
     """Load and score slabs of tomograms here and there, one at a time, until the time is up."""
     rows = np.random.default_rng(0).permutation(len(manifest))[:SAMPLE_TOMOGRAMS]
-    threads = max(cores() // pools.scorers, 1)
     loader = _start(Stage(LoadSlab, {"settings": settings}), 0)
-    scorer = _start(
-        Stage(ScoreFrames, {"settings": settings, "model": model, "threads": threads}), pools.gpus_per_scorer
-    )
+    arguments = {"settings": settings, "model": model, "per_node": math.ceil(pools.scorers / nodes())}
+    scorer = _start(Stage(ScoreFrames, arguments), pools.gpus_per_scorer)
     taken: list[Sample] = []
     with progress_bar("sampling", round(SAMPLE_SECONDS), "seconds") as show:
         started: float | None = None

@@ -34,6 +34,7 @@ def alone(out: str) -> Iterator[None]:
 
     Raises RunError if somebody does already. An object store knows no locks: there nobody is kept away.
     """
+    out = out.removeprefix("file://")
     if "://" in out:
         yield
         return
@@ -88,9 +89,19 @@ def plan_pieces(plans: Sequence[str], manifest: pa.Table) -> Iterator[tuple[pa.T
     return _joined(plans, PLAN, manifest)
 
 
-def slab_pieces(slabs: str, manifest: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Pieces of `manifest`, sorted by tomo_id, each with its SLABS."""
-    return _joined([slabs], SLABS, manifest)
+def complete_pieces(out: str, plans: Sequence[str], manifest: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Pieces of `manifest`, sorted by tomo_id, each with its SLABS.
+
+    Raises UnfinishedError if the slabs of a piece are not exactly those of the `plans`.
+    """
+    slabs = _joined([join(out, "slabs")], SLABS, manifest)
+    for (tomograms, planned), (_, looked_at) in zip(plan_pieces(plans, manifest), slabs, strict=True):
+        if sorted(planned["slab_id"].to_pylist()) != sorted(looked_at["slab_id"].to_pylist()):
+            raise UnfinishedError(
+                f"{out}: {len(planned)} slabs of {tomograms['tomo_id'][0]} to {tomograms['tomo_id'][-1]} were planned "
+                f"and {len(looked_at)} are there, not the same; run the same command again, which mends it"
+            )
+        yield tomograms, looked_at
 
 
 def gather(
@@ -102,14 +113,9 @@ def gather(
     """
     motors, failures = [MOTORS.empty_table()], [unusable]
     counts = Counter({"planned": 0, "ok": 0, "missing": 0, "corrupt": 0})
-    slabs = slab_pieces(join(out, "slabs"), manifest)
-    for (tomograms, planned), (_, looked_at) in zip(plan_pieces(plans, manifest), slabs, strict=True):
-        if sorted(planned["slab_id"].to_pylist()) != sorted(looked_at["slab_id"].to_pylist()):
-            raise UnfinishedError(
-                f"{out}: {len(planned)} slabs of {tomograms['tomo_id'][0]} to {tomograms['tomo_id'][-1]} were planned "
-                f"and {len(looked_at)} are there, not the same; run the same command again, which mends it"
-            )
+    for _, planned in plan_pieces(plans, manifest):
         counts["planned"] += len(planned["zs"].combine_chunks().flatten())
+    for tomograms, looked_at in complete_pieces(out, plans, manifest):
         counts.update(looked_at["slices"].combine_chunks().flatten().field("status").to_pylist())
         motors.append(link_slabs(looked_at, tomograms, settings.link))
         failures += [

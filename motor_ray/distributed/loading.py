@@ -6,6 +6,7 @@ One row in, one row out, whatever happens to its slices: a slice that cannot be 
 so that counts add up and a row keeps its id from the plan to the file.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from motor_ray.archive.readers import TomogramReader, open_tomogram, read_slices
 from motor_ray.config import RunSettings
 from motor_ray.distributed.frames import frames_table
-from motor_ray.errors import MotorRayError, OutageError, SliceMissingError
+from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, SliceMissingError
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import make_frames
 from motor_ray.slices.repair import Repair, find_repair, repaired
@@ -49,10 +50,10 @@ class LoadSlab:
 
     def __init__(self, settings: RunSettings, *, count: Callable[[str, int], None] | None = None) -> None:
         self.settings, self.count = settings, count
-        # Ray gives the actor one CPU; OpenCV would start a thread for each of the machine's.
+        # OpenCV would start a thread for each of the machine's cores, in every loader.
         cv2.setNumThreads(1)
         self._open = lru_cache(OPEN_TOMOGRAMS)(self._open_tomogram)
-        self._retries_told = retries()
+        self._lock, self._retries_told = threading.Lock(), retries()
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         """FRAMES rows of PLAN rows."""
@@ -109,16 +110,19 @@ class LoadSlab:
             make_frames(repaired(image, fault), placement, self.settings.preprocess, out)
         except MotorRayError as error:
             return Fate(error)
+        except cv2.error as error:
+            return Fate(SliceCorruptError(f"the pixels cannot be made a frame ({error.err})"))
         return Fate(None, fault.note)
 
     def _open_tomogram(self, uri: str, format: str, shape: tuple[int, int, int]) -> TomogramReader:
         return open_tomogram(uri, format, shape, self.settings.archive)
 
     def _tell_retries(self) -> None:
-        now = retries()
-        if self.count and now > self._retries_told:
-            self.count("retries", now - self._retries_told)
-        self._retries_told = now
+        with self._lock:
+            now, before = retries(), self._retries_told
+            self._retries_told = now
+        if self.count and now > before:
+            self.count("retries", now - before)
 
 
 def with_neighbours(zs: list[int], size_z: int, settings: RunSettings, *, clamp: bool = False) -> list[int]:

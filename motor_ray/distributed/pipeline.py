@@ -64,7 +64,7 @@ def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, cal
             slabs.write_parquet(folder, filesystem=files, min_rows_per_file=SLABS_PER_FILE)
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise UnfinishedError(f"{places.slabs}: detection stopped: {root_cause(error)}") from error
-        return _busy_seconds(slabs, loader.operator) / calls
+        return _busy_seconds(slabs, loader.operator)
 
 
 def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:

@@ -133,7 +133,8 @@ def watched(
             if waited >= LOG_SECONDS and not console.is_terminal:
                 console.print(f"{title}: {done} of {total} {unit} {text}", highlight=False)
                 waited = 0.0
-        show(*describe(board.read()))
+        with contextlib.suppress(ray.exceptions.RayError):  # the job's own failure is told elsewhere
+            show(*describe(board.read()))
 
     with progress_bar(title, total, unit) as show:
         drawer = threading.Thread(target=draw, args=(show,), daemon=True)

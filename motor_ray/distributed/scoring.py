@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
-from motor_ray.detector.device import can_compile, pick_device
+from motor_ray.detector.device import can_compile, cores, pick_device
 from motor_ray.detector.inference import prepare
 from motor_ray.distributed.frames import pixels_of
 from motor_ray.slices.frame import Frame, frames_of
@@ -50,11 +50,12 @@ class ScoreFrames:
         settings: RunSettings,
         model: str,
         *,
-        threads: int = 1,
+        per_node: int = 1,
         compiled: Literal["on", "off", "if possible"] = "off",
         report: Callable[[str, int, float], None] | None = None,
     ) -> None:
-        torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which need not be the cores
+        # Ray sets OMP_NUM_THREADS to the actor's CPUs, which need not be its share of the node's cores.
+        torch.set_num_threads(max(cores() // per_node, 1))
         self.settings, self.report = settings, report
         device = pick_device()
         self.predict = prepare(

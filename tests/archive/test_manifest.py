@@ -10,7 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from motor_ray.archive.manifest import check_manifest, find_tomograms, make_manifest, read_manifest, write_manifest
+from motor_ray.archive.manifest import (
+    check_manifest,
+    find_tomograms,
+    make_manifest,
+    read_manifest,
+    read_unusable,
+    write_manifest,
+)
 from motor_ray.archive.readers import open_tomogram
 from motor_ray.config import ArchiveSettings
 from motor_ray.errors import ManifestError, StorageError
@@ -105,7 +112,7 @@ def test_nothing_depends_on_a_local_disk(archive: Path, memory: str) -> None:
         assert row["uri"].startswith("memory://")
         shape = (row["size_z"], row["size_y"], row["size_x"])
         assert open_tomogram(row["uri"], row["format"], shape, SETTINGS).read_slice(0).shape == shape[1:]
-    write_manifest(table, f"{memory}/manifest.parquet")
+    write_manifest(table, f"{memory}/manifest.parquet", FAILURES.empty_table())
     assert read_manifest(f"{memory}/manifest.parquet") == table
 
 
@@ -200,9 +207,13 @@ def test_tomograms_that_cannot_be_used_are_failures_beside_the_others(archive: P
 
 
 def test_a_manifest_comes_back_as_it_was_written(archive: Path, tmp_path: Path) -> None:
-    table = make_manifest(str(archive), SETTINGS)
-    write_manifest(table, str(tmp_path / "new" / "manifest.parquet"))
-    assert read_manifest(str(tmp_path / "new" / "manifest.parquet")) == table
+    (archive / "torn.mrc").write_bytes(bytes(100))
+    table, unusable = find_tomograms(str(archive), SETTINGS)
+    there = str(tmp_path / "new" / "manifest.parquet")
+    write_manifest(table, there, unusable)
+    assert (read_manifest(there), read_unusable(there)) == (table, unusable)
+    assert len(unusable) == 1
+    assert len(read_unusable(str(tmp_path / "other.parquet"))) == 0
 
 
 def test_a_manifest_made_by_other_means_is_brought_into_our_types() -> None:

@@ -142,11 +142,11 @@ def test_a_stand_in_scores_like_the_real_scorer_and_takes_its_time(stack, tmp_pa
 
 
 def test_a_figure_at_its_limit_is_good_enough_and_one_beyond_is_not():
-    for name, (relation, limit) in WANTED.items():
+    for name, (relation, limit, meaning) in WANTED.items():
         worse = limit - 0.01 if relation == ">=" else limit + 0.01
         assert judge({name: limit})[name]["ok"] is True
         assert judge({name: worse})[name] == {
-            "figure": pytest.approx(worse), "wanted": f"{relation} {limit:g}", "ok": False
+            "figure": pytest.approx(worse), "wanted": f"{relation} {limit:g}", "ok": False, "meaning": meaning
         }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ LOADER = "ray::MapWorker(MapBatches(LoadSlab))"
 WRITER = "ray::Write"
 """How the titles of Ray's processes begin while they do what a test wants to disturb."""
 
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
 POLL_SECONDS = 0.02
 WRITING_SECONDS = 0.001
 """How often to look for something that is over in a blink."""
@@ -48,6 +50,11 @@ def below(root: int) -> list[Process]:
         found += [child for pid in children if (child := _process(pid))]
         ahead += children
     return found
+
+
+def workers_below(root: int) -> list[Process]:
+    """All descendants of the process `root` but Ray's two agents, which do no work and may outlive it by a minute."""
+    return [process for process in below(root) if not process.title.startswith(AGENTS)]
 
 
 def titled(processes: Iterable[Process], *titles: str) -> list[Process]:

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,7 @@ from tests.distributed.killers import (
     raylet_of,
     titled,
     until,
+    workers_below,
 )
 from tests.fault_proxy import faulty
 from tests.object_store import ObjectStore
@@ -56,6 +58,7 @@ SETTINGS = settings_from(
     }
 )
 NODE = {"num_cpus": 5, "memory": 6 * 10**9, "object_store_memory": 100 * 10**6, "include_dashboard": False}
+WHERE = ["of a cluster", "with a Ray of its own"]
 SECONDS_TO_END = 30
 """What processes get to notice that the one they work for is gone."""
 
@@ -86,7 +89,7 @@ class Task:
             try:
                 yield Driver(process, out, said, log)
             finally:
-                left = below(process.pid)
+                left = workers_below(process.pid)
                 process.kill()
                 process.wait()
                 assert not left_of(left, SECONDS_TO_END)
@@ -224,9 +227,9 @@ def idle(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def seeds(*drawn: int, quick: tuple[int, ...] = ()) -> list[Any]:
-    """Parameters of which the default suite runs only the `quick` ones."""
-    return [pytest.param(seed, marks=[] if seed in quick else pytest.mark.slow) for seed in drawn]
+def cases(*axes: Iterable[Any], quick: Collection[Any] = ()) -> list[Any]:
+    """All combinations, of which the default suite runs the `quick` ones only."""
+    return [pytest.param(*one, marks=[] if one in quick else pytest.mark.slow) for one in product(*axes)]
 
 
 def far_enough(driver: Driver, files: int) -> None:
@@ -241,11 +244,10 @@ def struck(what: str, driver: Driver, run: Undisturbed) -> int:
     return slabs
 
 
-@pytest.mark.parametrize("title", [SCORER, LOADER, WRITER])
-@pytest.mark.parametrize("seed", seeds(0, 1, 2))
-def test_killed_workers_change_nothing(seed, title, undisturbed, idle, tmp_path):
+@pytest.mark.parametrize(("title", "seed"), cases([SCORER, LOADER, WRITER], [0, 1, 2], quick=[(SCORER, 0)]))
+def test_killed_workers_change_nothing(title, seed, undisturbed, idle, tmp_path):
     """Each time another file has been committed, or Ray would take a constructor for broken."""
-    chance = random.Random(seed)
+    chance = random.Random(f"{title} {seed}")
     moments = sorted(chance.sample(range(undisturbed.files - 1), chance.randint(1, 3)))
     raylet = raylet_of(idle.head_node)
     with undisturbed.task.started(str(tmp_path / "out"), RAY_ADDRESS=idle.address) as driver:
@@ -267,7 +269,7 @@ def catch(raylet: int, title: str, driver: Driver, seconds: float) -> None:
             return kill(victim)
 
 
-@pytest.mark.parametrize("seed", seeds(20, 21, 22, 23))
+@pytest.mark.parametrize("seed", cases([20, 21, 22, 23], quick=[(20,)]))
 def test_a_lost_node_changes_nothing(seed, undisturbed, idle, tmp_path):
     """What is left has room for all, for all but the tasks between actors, or not even for all actors at once."""
     chance = random.Random(seed)
@@ -298,18 +300,19 @@ class Blow:
     phase: str
     seconds: float
     files: int
+    all_files: int
 
     def wait(self, driver: Driver) -> None:
         if self.phase == "middle":
             far_enough(driver, self.files)
         if self.phase == "late":
-            until("all was looked at", lambda: len(driver.state()["looks"]) == 2, driver.over)
+            far_enough(driver, self.all_files)
         time.sleep(self.seconds)
 
 
 def blow(phase: str, chance: random.Random, run: Undisturbed) -> Blow:
-    longest = {"early": run.seconds_to_first_file, "middle": 1.0, "late": 0.1}[phase]
-    return Blow(phase, chance.uniform(0, longest), chance.randrange(1, run.files - 1))
+    longest = {"early": run.seconds_to_first_file, "middle": 1.0, "late": 0.2}[phase]
+    return Blow(phase, chance.uniform(0, longest), chance.randrange(1, run.files - 1), run.files)
 
 
 @dataclass(frozen=True)
@@ -333,21 +336,22 @@ class Remains:
 def killed(phase: str, driver: Driver, run: Undisturbed, chance: random.Random) -> Remains:
     """End a driver, and only it, in a phase of its work."""
     blow(phase, chance, run).wait(driver)
-    processes = below(driver.process.pid)
+    processes = workers_below(driver.process.pid)
     driver.process.kill()
     driver.process.wait()
     slabs = struck(f"{phase} driver", driver, run)
     return Remains(slabs, driver.state()["looks"], driver.files(), processes)
 
 
-@pytest.mark.parametrize("where", ["of a cluster", "with a Ray of its own"])
-@pytest.mark.parametrize("phases", [["early"], ["middle"], ["late"], ["early", "middle"]], ids=" and ".join)
-@pytest.mark.parametrize("seed", seeds(40))
-def test_a_killed_driver_is_gone_on_with(seed, phases, where, undisturbed, idle, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "phases", "seed"),
+    cases(WHERE, ["early", "middle", "late", "early, middle"], [40], quick=[(WHERE[0], "middle", 40)]),
+)
+def test_a_killed_driver_is_gone_on_with(where, phases, seed, undisturbed, idle, tmp_path):
     """The same command is given again at once, perhaps while what the first one started is still ending."""
     chance = random.Random(f"{seed} {phases} {where}")
-    address = {"RAY_ADDRESS": idle.address} if where == "of a cluster" else {}
-    for phase in phases:
+    address = {"RAY_ADDRESS": idle.address} if where == WHERE[0] else {}
+    for phase in phases.split(", "):
         with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
             remains = killed(phase, driver, undisturbed, chance)
     with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
@@ -355,16 +359,14 @@ def test_a_killed_driver_is_gone_on_with(seed, phases, where, undisturbed, idle,
         remains.went_on(driver, undisturbed)
 
 
-@pytest.mark.parametrize("where", ["of a cluster", "with a Ray of its own"])
-@pytest.mark.parametrize("phase", ["early", "middle"])
-@pytest.mark.parametrize("seed", seeds(50))
-def test_ctrl_c_ends_a_driver_and_all_that_it_started(seed, phase, where, undisturbed, idle, tmp_path):
+@pytest.mark.parametrize(("where", "phase", "seed"), cases(WHERE, ["early", "middle"], [50]))
+def test_ctrl_c_ends_a_driver_and_all_that_it_started(where, phase, seed, undisturbed, idle, tmp_path):
     chance = random.Random(f"{seed} {phase} {where}")
-    address = {"RAY_ADDRESS": idle.address} if where == "of a cluster" else {}
+    address = {"RAY_ADDRESS": idle.address} if where == WHERE[0] else {}
     with undisturbed.task.started(str(tmp_path / "out"), **address) as driver:
         until("it began", lambda: driver.state()["status"] == "running", driver.over)
         blow(phase, chance, undisturbed).wait(driver)
-        started = below(driver.process.pid)
+        started = workers_below(driver.process.pid)
         os.killpg(driver.process.pid, signal.SIGINT)
         code, complaint = driver.result()
         struck("Ctrl-C", driver, undisturbed)
@@ -389,7 +391,7 @@ def stored(task: Task, s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory
     return undisturbed_run(Task(join(folder, "archive"), join(folder, "model"), str(config)), s3.folder())
 
 
-@pytest.mark.parametrize("seed", seeds(60, 61, 62))
+@pytest.mark.parametrize("seed", cases([60, 61, 62]))
 def test_a_store_that_fails_some_requests_loses_nothing(seed, stored, s3):
     with faulty(s3.endpoint, seed, errors=0.05, resets=0.02, stalls=0.005, truncations=0.01) as proxy:
         with stored.task.started(s3.folder(), AWS_ENDPOINT_URL=proxy.endpoint) as driver:
@@ -401,7 +403,7 @@ def test_a_store_that_fails_some_requests_loses_nothing(seed, stored, s3):
     assert sum(look["retries"] for look in looks) > 10
 
 
-@pytest.mark.parametrize("seed", seeds(70, 71))
+@pytest.mark.parametrize("seed", cases([70, 71]))
 def test_a_driver_that_is_killed_beside_a_failing_store_is_gone_on_with(seed, stored, s3):
     chance, out = random.Random(seed), s3.folder()
     with faulty(s3.endpoint, seed, errors=0.05, resets=0.02, stalls=0.005, truncations=0.01) as proxy:
