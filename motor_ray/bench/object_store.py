@@ -131,8 +131,8 @@ def _wait_until_ready(server: ObjectServer, process: subprocess.Popen[bytes], lo
             if client.get_object(Bucket=server.bucket, Key="ready")["Body"].read() == b"yes":
                 client.delete_object(Bucket=server.bucket, Key="ready")
                 return
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            last = error
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError) as error:
+            last = error  # an OSError if the connection breaks while a body is read
         time.sleep(0.1)
     raise StorageError(f"{server.endpoint}: the S3 server did not start ({last}); its log is {log}")
 
