@@ -110,7 +110,7 @@ def _ray_data(notes: str) -> Iterator[None]:
     checkpoint = CheckpointConfig(
         id_column="slab_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
     )
-    checkpoint.checkpoint_actor_pool_max_size = 1  # each holds all ids; one filters a million in seconds
+    checkpoint.checkpoint_actor_pool_max_size = 1  # each holds all ids, and takes a CPU slot
     wanted = {
         "checkpoint_config": checkpoint,
         "max_consecutive_actor_init_deaths": INIT_DEATHS,
