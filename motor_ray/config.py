@@ -218,7 +218,7 @@ class DetectSettings(Settings):
     max_detections: int = Field(20, ge=1)
     """Detections kept per slice, best first."""
 
-    slab_slices: int = Field(16, ge=1, le=64)
+    slab_slices: int = Field(19, ge=1, le=64)
     """Slices of one tomogram that are read together and travel as one row."""
 
     batch_frames: int = Field(8, ge=1)
@@ -246,7 +246,7 @@ class DetectSettings(Settings):
     loaders: int | None = Field(None, ge=1)
     """Preprocessing actors, at most; chosen from the cluster's CPUs when not given."""
 
-    slabs_per_loader: int = Field(2, ge=1, le=16)
+    slabs_per_loader: int = Field(4, ge=1, le=16)
     """Slabs that a preprocessing actor has in hand at a time, so that it decodes one while it waits for another."""
 
     scorers: int | None = Field(None, ge=1)

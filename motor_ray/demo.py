@@ -11,11 +11,11 @@ from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.simulate import simulate_archive
 from motor_ray.config import RunSettings, settings_from
-from motor_ray.detector.device import cores
 from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.detect import detect
 from motor_ray.distributed.training import slots_for, train
 from motor_ray.errors import RunError, StorageError
+from motor_ray.machine import cores
 from motor_ray.progress import progress_bar
 from motor_ray.results import draw_motors, evaluate_run
 from motor_ray.storage import read_table

@@ -10,7 +10,7 @@ import pytest
 import motor_ray
 
 ROOT = Path(motor_ray.__file__).parent
-BASE = {"config", "errors", "tables", "storage"}
+BASE = {"config", "errors", "machine", "tables", "storage"}
 ALLOWED = {
     "archive": BASE,
     "slices": BASE,
@@ -26,6 +26,7 @@ ALLOWED = {
     "s3": {"errors", "retry", "sources"},
     "buckets": {"retry", "sources", "s3"},
     "errors": set(),
+    "machine": set(),
     "tables": set(),
     "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress", "results", "demo"},
     "demo": BASE | {"archive", "detector", "distributed", "results", "progress"},
@@ -70,6 +71,11 @@ def test_only_distributed_imports_ray(module):
 def test_stages_samples_and_learner_run_without_ray():
     modules = ", ".join(f"motor_ray.distributed.{name}" for name in ("loading", "scoring", "samples", "learner"))
     code = f"import sys; import {modules}; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_who_starts_a_detection_waits_for_no_torch():
+    code = "import sys, motor_ray.distributed.detect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from motor_ray.archive.plan import first_look
 from motor_ray.bench.peers import daft, torch_data_loader
 from motor_ray.config import RunSettings, settings_from
+from motor_ray.machine import cores
 from motor_ray.storage import join, read_json, read_table, write_json, write_table
 
 if TYPE_CHECKING:
@@ -120,25 +121,18 @@ def plain_loop(job: Job) -> Said:
 
 def resident(job: Job) -> Said:
     """The real model on frames that are in memory already, with as many threads as the pipeline gives one scorer."""
-    import numpy as np
     import torch
 
-    from motor_ray.bench.notes import Notebook
-    from motor_ray.distributed.frames import pixels_of
+    from motor_ray.bench.devices import Noted
+    from motor_ray.detector.looks import Looker
     from motor_ray.distributed.loading import LoadSlab
-    from motor_ray.distributed.scoring import ScoreFrames
 
     settings, plan = job.run_settings(), job.plan()
-    frames = LoadSlab(settings)(plan.slice(0, 1))
-    scorer = ScoreFrames(settings, str(job.model))
-    size = settings.frame.size
-    images = torch.from_numpy(np.array(pixels_of(frames)[0])).reshape(-1, 1, size, size)
-    notebook = Notebook(job.place("scored.txt"))
+    [row] = plan.slice(0, 1).to_pylist()
+    images = LoadSlab(settings).load(row)["frames"]  # one tile each, which takes the place of the channel
+    look = Noted(Looker(str(job.model), settings.detect, threads=cores(), compiled="off"), job.place("scored.txt"))
     for zs in plan["zs"].to_pylist():
-        with notebook.noting(len(zs), frames.nbytes):
-            for part in torch.split(images[: len(zs)], settings.detect.batch_frames):
-                # Reading a number back waits until the device is done.
-                scorer.predict(part).presence.sum().item()
+        look(images[: len(zs)])
     return {"threads": torch.get_num_threads()}
 
 

@@ -25,9 +25,10 @@ from motor_ray.bench.timing import machine
 from motor_ray.bench.verdict import highest, judge, memory_growth, rounded
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
-from motor_ray.detector.device import cores, pick_device
+from motor_ray.detector.device import pick_device
 from motor_ray.detector.model import build_model
 from motor_ray.errors import RunError
+from motor_ray.machine import cores
 
 Part = Literal["device", "peers", "growth", "model"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -37,8 +38,11 @@ PEERS = ("motor_ray", "daft", "torch_data_loader", "plain_loop")
 NEEDED: dict[Part, str] = {"peers": "daft", "growth": "psutil"}
 """What only the bench imports."""
 
-SETTINGS = settings_from({"detect": {"exhaustive": True, "loaders": cores()}, "model": {"pretrained": "none"}})
-"""Every slice is looked at; a loader a core, for stand-ins take none; random weights, which take as long as others."""
+SETTINGS = settings_from(
+    {"detect": {"exhaustive": True, "loaders": max(cores() // 2, 1)}, "model": {"pretrained": "none"}}
+)
+"""Every slice is looked at; a loader for two cores, all of them, for stand-ins take none; random weights, which take
+as long as others."""
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ def torch_data_loader(plan: pa.Table, settings: RunSettings, device: "StandIn", 
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    from motor_ray.detector.device import cores
     from motor_ray.distributed.loading import LoadSlab
+    from motor_ray.machine import cores
     from motor_ray.tables import SLABS
 
     class Slabs(Dataset[dict[str, Any]]):
@@ -57,10 +57,7 @@ def torch_data_loader(plan: pa.Table, settings: RunSettings, device: "StandIn", 
         prefetch_factor=SLABS_AHEAD,
         multiprocessing_context="fork",  # nothing has been read yet whose threads would be missing in the children
     )
-    scored = []
-    for row in ahead:
-        with device.notebook.noting(len(row["zs"]), row["frames"].nbytes):
-            scored.append(device.score(row, row["frames"].numpy().reshape(-1)))
+    scored = [device.score(row, row["frames"].numpy().reshape(-1)) for row in ahead]
     write_table(pa.Table.from_pylist(scored, schema=SLABS), out)
     return {"processes": cores(), "torch": torch.__version__}
 
@@ -126,9 +123,8 @@ def _daft_functions(
 
         def score(self, frames: Series) -> Any:
             pixels = frames.to_arrow().storage.flatten().to_numpy()
-            images = pixels.reshape(-1, 1, size, size)
-            with self.device.notebook.noting(len(images), images.nbytes):
-                return pa.array([look.presence for look in self.device.look(images)], pa.float32())
+            looks = self.device.look(pixels.reshape(-1, 1, size, size))
+            return pa.array([look.presence for look in looks], pa.float32())
 
         __call__ = method.batch(return_dtype=DataType.float32(), batch_size=settings.detect.slab_slices)(score)
 

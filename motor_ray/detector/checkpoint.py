@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,32 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 import motor_ray
 from motor_ray import storage
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.detector.description import DESCRIPTION, FORMAT_VERSION, TENSORS, read_checkpoint
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.detector.pretrained import load_tensors, parse_tensors
-from motor_ray.errors import CheckpointError, OutageError, StorageError
+from motor_ray.errors import StorageError
 
-FORMAT_VERSION = 1
-TENSORS = "model.safetensors"
-DESCRIPTION = "model.json"
 OURS = {TENSORS, DESCRIPTION, "training_state.pt"}
 """What a checkpoint may hold; a directory with anything else is not replaced."""
-
-
-class Checkpoint(NamedTuple):
-    """A detector, and how it came to be."""
-
-    model: Detector
-    """On the CPU, in evaluation mode."""
-
-    settings: RunSettings
-    """Of the run that trained it."""
-
-    metrics: dict[str, Any]
-    """What that run measured of it."""
-
-    sha256: str
-    """Of the file of its tensors: the model's name in every result."""
 
 
 def save_checkpoint(uri: str | Path, model: Detector, settings: RunSettings, metrics: Mapping[str, Any]) -> str:
@@ -72,62 +54,23 @@ def save_checkpoint(uri: str | Path, model: Detector, settings: RunSettings, met
     return str(description["sha256"])
 
 
-def load_checkpoint(uri: str | Path) -> Checkpoint:
-    """The detector in the directory `uri`.
+def load_checkpoint(uri: str | Path) -> Detector:
+    """The detector in the directory `uri`, on the CPU and in evaluation mode.
 
-    Raises CheckpointError if a file is missing, damaged or of another format version, ConfigError if its settings
-    are not ours.
+    Raises as `describe_checkpoint`, and if the tensors are not its network's.
     """
-    description, tensors = _read(str(uri))
-    settings = settings_from(description["settings"], f"{uri}/{DESCRIPTION}")
+    description, data = read_checkpoint(str(uri))
+    source = storage.join(str(uri), TENSORS)
     with torch.device("meta"):  # the tensors are about to come: no memory, time or random numbers for others
-        model = build_model(settings.model.model_copy(update={"pretrained": "none"}))
-    load_tensors(model, tensors, f"{uri}/{TENSORS}", assign=True)
-    return Checkpoint(model.eval(), settings, description["metrics"], description["sha256"])
+        model = build_model(description.settings.model.model_copy(update={"pretrained": "none"}))
+    load_tensors(model, parse_tensors(data, source), source, assign=True)
+    return model.eval()
 
 
 def load_weights(uri: str | Path, model: Detector) -> None:
     """Copy the tensors of the checkpoint `uri` into `model`. Raises CheckpointError, also if they do not fit it."""
-    _, tensors = _read(str(uri))
-    load_tensors(model, tensors, f"{uri}/{TENSORS}")
-
-
-def _read(uri: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    try:
-        description = storage.read_json(storage.join(uri, DESCRIPTION))
-        _check_description(uri, description)
-        data = storage.read_bytes(storage.join(uri, TENSORS))
-    except OutageError:
-        raise
-    except StorageError as error:
-        raise CheckpointError(
-            f"{error}; a checkpoint is a directory of {DESCRIPTION} and {TENSORS}, such as RUN/best"
-        ) from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != description["sha256"]:
-        raise CheckpointError(
-            f"{uri}: the tensors have sha256 {found[:12]}, {DESCRIPTION} expects {description['sha256'][:12]}; "
-            "a file is damaged, or the checkpoint was being replaced: copy it again or use another one"
-        )
-    return description, parse_tensors(data, storage.join(uri, TENSORS))
-
-
-def _check_description(uri: str, description: Any) -> None:
-    where = storage.join(uri, DESCRIPTION)
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version is None:
-        raise CheckpointError(
-            f"{where}: has no format_version, so it is not ours; give a checkpoint of motor-ray train"
-        )
-    if version != FORMAT_VERSION:
-        wrote = description.get("motor_ray", "unknown")
-        raise CheckpointError(
-            f"{where}: has format version {version!r} (written by motor_ray {wrote}), this motor_ray "
-            f"{motor_ray.__version__} reads version {FORMAT_VERSION}; use the motor_ray that wrote it, or train anew"
-        )
-    expected = {"sha256": str, "settings": dict, "metrics": dict}
-    if wrong := [name for name, kind in expected.items() if not isinstance(description.get(name), kind)]:
-        raise CheckpointError(f"{where}: {', '.join(wrong)} missing or malformed; copy the checkpoint again")
+    source = storage.join(str(uri), TENSORS)
+    load_tensors(model, parse_tensors(read_checkpoint(str(uri))[1], source), source)
 
 
 def _write(uri: str, data: bytes, description: dict[str, Any]) -> None:

@@ -11,11 +11,6 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """The type for mixed precision on `device`; float32 where a narrower one would only be emulated.
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import ray
 import ray.data  # sets up the logger that is quietened below
 
-from motor_ray.detector.device import cores
 from motor_ray.errors import RunError
+from motor_ray.machine import cores
 
 LOCAL_SLOTS = 6
 """CPU slots of a Ray on this machine, at least: reading, scoring, training and writing must each get one, or a laptop

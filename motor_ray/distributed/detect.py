@@ -23,7 +23,7 @@ from motor_ray import __version__
 from motor_ray.archive.manifest import check_usable, write_manifest
 from motor_ray.archive.plan import first_look, make_plan, z_stride
 from motor_ray.config import RunSettings, results_hash
-from motor_ray.detector.checkpoint import Checkpoint, load_checkpoint
+from motor_ray.detector.description import Description, describe_checkpoint
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
 from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
@@ -59,7 +59,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     """
     check_usable(manifest, unusable)
     model, out, manifest = absolute(model), absolute(out), manifest.sort_by("tomo_id")
-    checkpoint = load_checkpoint(model)
+    checkpoint = describe_checkpoint(model)
     settings = settings_of_model(checkpoint.settings, settings)
     run = describe_run(manifest, checkpoint, settings)
     there = run_at(out, run)
@@ -92,7 +92,7 @@ def dry_run(manifest: pa.Table, unusable: pa.Table, model: str, settings: RunSet
     """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
     check_usable(manifest, unusable)
     model = absolute(model)
-    settings = settings_of_model(load_checkpoint(model).settings, settings)
+    settings = settings_of_model(describe_checkpoint(model).settings, settings)
     return estimate(manifest, model, settings) | {"unusable": unusable["error"].to_pylist()}
 
 
@@ -101,7 +101,7 @@ def settings_of_model(trained: RunSettings, asked: RunSettings) -> RunSettings:
     return trained.model_copy(update={name: getattr(asked, name) for name in ("archive", "detect", "link")})
 
 
-def describe_run(manifest: pa.Table, checkpoint: Checkpoint, settings: RunSettings) -> dict[str, Any]:
+def describe_run(manifest: pa.Table, checkpoint: Description, settings: RunSettings) -> dict[str, Any]:
     """What makes two runs the same: tomograms, weights and settings; and who ran it."""
     return {
         "settings": settings.model_dump(mode="json"),
@@ -177,7 +177,9 @@ class Job:
         rates = [said for said in self.run["looks"].values() if "score_seconds_per_slice" in said]
         if not rates or self.settings.detect.loaders:
             return pools
-        return pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
+        # A loader has several slabs in hand at a time.
+        load_seconds = rates[-1]["load_seconds_per_slice"] / self.settings.detect.slabs_per_loader
+        return pools.balanced(load_seconds, rates[-1]["score_seconds_per_slice"])
 
     def _score(self, name: str, places: Places, tally: "Tally") -> float:
         with watched(name, tally.slices, "slices", tally.tell) as board:

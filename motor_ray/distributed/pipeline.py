@@ -9,11 +9,15 @@ memory does not grow with the archive.
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.dataset
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
@@ -21,9 +25,13 @@ from motor_ray.distributed.cluster import object_store_limit, root_cause
 from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, Pools
 from motor_ray.errors import UnfinishedError
 from motor_ray.storage import arrow_filesystem
+from motor_ray.tables import PLAN
 
 SLABS_PER_FILE = 64
 """Rows are gathered to so many before they are written: a file per slab would be a million small files."""
+
+FILES = 8
+"""A small archive is written in so many files all the same: rows that are not written are lost with a killed run."""
 
 LOADER_CPUS = 0.1
 """What a loader asks of Ray, although it is counted as a whole CPU when actors are planned: when a node is lost, its
@@ -51,6 +59,40 @@ class Places(NamedTuple):
     notes: str
 
 
+class PlanFile(Datasource):
+    """The file of a plan, for one task to read; Ray's own reader of parquet files sends another one ahead."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._uri = uri
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown, and small."""
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        """One, whatever is asked for."""
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=(self._uri,))
+        return [ReadTask(partial(plan_rows, self._uri), unknown, schema=PLAN)]
+
+
+def plan_rows(uri: str) -> Iterator[pa.Table]:
+    """The rows of a plan, some thousand at a time."""
+    for batch in _plan(uri).to_batches():
+        yield pa.Table.from_batches([batch])
+
+
+def slabs_per_file(plan: str) -> int:
+    """How many slabs of a plan are written together."""
+    rows: int = _plan(plan).count_rows()
+    return min(max(rows // FILES, 1), SLABS_PER_FILE)
+
+
+def _plan(uri: str) -> pyarrow.dataset.Dataset:
+    files, path = arrow_filesystem(uri)
+    return pyarrow.dataset.dataset(path, filesystem=files, format="parquet")
+
+
 def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> float:
     """Score every slab of the plan that is not among the slabs yet; returns for how many seconds loaders were busy.
 
@@ -61,7 +103,7 @@ def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, cal
     with _ray_data(places.notes), object_store_limit(pools.bytes_ahead):
         slabs = _build(places, loader, scorer, pools, calls)
         try:
-            slabs.write_parquet(folder, filesystem=files, min_rows_per_file=SLABS_PER_FILE)
+            slabs.write_parquet(folder, filesystem=files, min_rows_per_file=slabs_per_file(places.plan))
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise UnfinishedError(f"{places.slabs}: detection stopped: {root_cause(error)}") from error
         return _busy_seconds(slabs, loader.operator)
@@ -69,10 +111,8 @@ def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, cal
 
 def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:
     """The dataset of SLABS, lazily."""
-    files, path = arrow_filesystem(places.plan)
-    # One row to a block: Ray hands on a block only when all of it is done.
-    plan = ray.data.read_parquet(path, filesystem=files).repartition(target_num_rows_per_block=1)
-    frames = plan.map_batches(
+    plan = ray.data.read_datasource(PlanFile(places.plan), override_num_blocks=1)
+    frames: Dataset = plan.map_batches(
         loader.operator,
         fn_constructor_kwargs=loader.arguments,
         batch_size=1,
@@ -88,7 +128,7 @@ def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: in
             max_tasks_in_flight_per_actor=calls + 1,
         ),
     )
-    return frames.map_batches(
+    slabs: Dataset = frames.map_batches(
         scorer.operator,
         fn_constructor_kwargs=scorer.arguments,
         batch_size=1,
@@ -97,15 +137,20 @@ def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: in
         num_gpus=pools.gpus_per_scorer,
         # One slab is scored at a time, but the next is at hand when it ends.
         compute=ActorPoolStrategy(
-            min_size=1, max_size=pools.scorers, initial_size=pools.scorers, max_concurrent_calls_per_actor=2
+            min_size=1,
+            max_size=pools.scorers,
+            initial_size=pools.scorers,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
         ),
     )
+    return slabs
 
 
 @contextlib.contextmanager
 def _ray_data(notes: str) -> Iterator[None]:
     """Ray Data as this pipeline needs it, with its notes of what is done in `notes`; and as before when it ends."""
-    context = ray.data.DataContext.get_current()
+    context = DataContext.get_current()
     files, path = arrow_filesystem(notes)
     checkpoint = CheckpointConfig(
         id_column="slab_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
@@ -113,11 +158,13 @@ def _ray_data(notes: str) -> Iterator[None]:
     checkpoint.checkpoint_actor_pool_max_size = 1  # each holds all ids, and takes a CPU slot
     wanted = {
         "checkpoint_config": checkpoint,
+        # One row to a block, whatever a row weighs: Ray hands on a block only when all of it is done. A repartition
+        # would do the same in tasks of its own, and start processes for them.
+        "target_max_block_size": 1,
         "max_consecutive_actor_init_deaths": INIT_DEATHS,
+        "memory_usage_poll_interval_s": None,  # it takes a thread for each slab, and preflight knows what they need
         "execution_no_progress_timeout_s": NO_PROGRESS_SECONDS,
         "raise_original_map_exception": True,  # or the reason would be lost on the way
-        # The older reader takes one task where the newer takes two in turn: the first result comes 3 s sooner.
-        "use_datasource_v2": False,
     }
     before = {name: getattr(context, name) for name in wanted}
     try:

@@ -19,11 +19,11 @@ TASKS = 3
 FILTER_BYTES = 2**30
 """What Ray's actor that leaves out finished slabs asks for."""
 
-LOADER_BYTES, SCORER_BYTES = 400 * 10**6, 1500 * 10**6
+LOADER_BYTES, SCORER_BYTES = 500 * 10**6, 1500 * 10**6
 """Memory set aside for an actor: libraries and the slabs in its hands; and the network."""
 
 SLAB_BYTES = 10_000_000
-"""A slab of 16 frames of 720 x 720 has 8 MB."""
+"""A slab of 19 frames of 720 x 720 has 9.9 MB."""
 
 SLABS_AHEAD = 8
 """Slabs per actor that may wait between loading and scoring. Left alone, Ray fills a third of the memory with them:
@@ -59,7 +59,7 @@ class Pools(NamedTuple):
     bytes_ahead: int
 
     def balanced(self, load_seconds: float, score_seconds: float) -> "Pools":
-        """With just the loaders that keep the scorers busy, given how long each takes for a slice."""
+        """With just the loaders that keep the scorers busy, given how long one of each is occupied by a slice."""
         enough = math.ceil(SPARE * self.scorers * load_seconds / max(score_seconds, 1e-9))
         return self._replace(loaders=max(min(enough, self.loaders), 1))
 

@@ -5,41 +5,30 @@ PLAN row -> LoadSlab (CPU) -> FRAMES row -> ScoreFrames (GPU) -> SLABS row
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from motor_ray.config import RunSettings
-from motor_ray.detector.checkpoint import load_checkpoint
-from motor_ray.detector.decode import decode
-from motor_ray.detector.device import can_compile, cores, pick_device
-from motor_ray.detector.inference import prepare
 from motor_ray.distributed.frames import pixels_of
+from motor_ray.machine import cores
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.tables import SLABS
 
+if TYPE_CHECKING:
+    from motor_ray.detector.looks import Look
 
-class Look(NamedTuple):
-    """What the network says of one frame."""
-
-    boxes: NDArray[np.float64]
-    """``(n, 4)`` centre y, x, height and width in frame pixels, best first."""
-
-    scores: NDArray[np.float64]
-    """``(n,)`` in [0, 1]."""
-
-    presence: float
-    """That the frame shows a motor, in [0, 1]."""
-
-    is_sound: bool
-    """False if a number of the answer is not finite."""
+Looker = Callable[[NDArray[np.uint8]], "list[Look]"]
 
 
 class ScoreFrames:
-    """Looks for motors on frames. It owns the model and the device; the heatmaps never leave it.
+    """Looks for motors on frames.
+
+    Several threads may call it at once: while the device works for one, the others unpack their frames and write
+    down what was found.
 
     INPUT   FRAMES table
     OUTPUT  SLABS table, as many rows
@@ -54,16 +43,18 @@ class ScoreFrames:
         compiled: Literal["on", "off", "if possible"] = "off",
         report: Callable[[str, int, float], None] | None = None,
     ) -> None:
+        # Not at the top: who starts a run names this class, and would wait 3 s for torch, which only actors need.
+        from motor_ray.detector.looks import Looker
+
         # Ray sets OMP_NUM_THREADS to the actor's CPUs, which need not be its share of the node's cores.
-        torch.set_num_threads(max(cores() // per_node, 1))
-        self.settings, self.report = settings, report
-        device = pick_device()
-        self.predict = prepare(
-            load_checkpoint(model).model,
-            device,
-            mixed_precision=settings.detect.mixed_precision,
-            compiled=compiled == "on" or (compiled == "if possible" and can_compile(device)),
-        )
+        threads = max(cores() // per_node, 1)
+        self._begin(settings, Looker(model, settings.detect, threads=threads, compiled=compiled), report)
+
+    def _begin(
+        self, settings: RunSettings, look: Looker, report: Callable[[str, int, float], None] | None = None
+    ) -> None:
+        self.settings, self.look, self.report = settings, look, report
+        self._device = ThreadPoolExecutor(1)  # one thread, always the same: torch keeps much of its state by thread
 
     def __call__(self, frames: pa.Table) -> pa.Table:
         """SLABS rows of FRAMES rows."""
@@ -73,50 +64,45 @@ class ScoreFrames:
 
     def score(self, row: Mapping[str, Any], pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """The SLABS row of a FRAMES row with these `pixels`."""
-        started = time.perf_counter()
         slice_shape = (row["size_y"], row["size_x"])
         good = [entry["z"] for entry in row["loaded"] if entry["status"] == "ok"]
         found: dict[int, dict[str, Any]] = {}
+        seconds = 0.0
         if good:
             placement = frames_of(slice_shape, row["voxel_spacing_angstrom"], self.settings.frame)
-            found = dict(zip(good, self._score_slices(row, pixels, placement), strict=True))
+            looks, seconds = self._device.submit(self._look, self._images(row, pixels, len(placement))).result()
+            found = dict(zip(good, self._slices(row, looks, placement), strict=True))
         nothing: dict[str, Any] = {"presence": None, "detections": []}
         slices = [entry | found.get(entry["z"], nothing) for entry in row["loaded"]]
         if self.report:
-            self.report(row["tomo_id"], len(slices), time.perf_counter() - started)
+            self.report(row["tomo_id"], len(slices), seconds)
         return {"slab_id": row["slab_id"], "tomo_id": row["tomo_id"], "slices": slices}
 
-    def _score_slices(
-        self, row: Mapping[str, Any], pixels: NDArray[np.uint8], placement: list[Frame]
-    ) -> list[dict[str, Any]]:
-        """What was found on each good slice of a FRAMES row, in slice voxels."""
-        size, tiles = self.settings.frame.size, len(placement)
+    def _images(self, row: Mapping[str, Any], pixels: NDArray[np.uint8], tiles: int) -> NDArray[np.uint8]:
+        """The ``(slices * tiles, channels, size, size)`` images of the good slices of a FRAMES row."""
+        size, channels = self.settings.frame.size, self.settings.model.in_slices
+        if channels == 1:
+            return pixels.reshape(-1, 1, size, size)
         frames = pixels.reshape(-1, tiles, size, size)
-        channels = np.reshape(row["channels"], (-1, self.settings.model.in_slices))
-        # (slices, channels, tiles, y, x) -> a batch of (slices * tiles) images
-        images = frames[channels].swapaxes(1, 2).reshape(-1, channels.shape[1], size, size)
-        looks = self._look(images)
+        seen = frames[np.reshape(row["channels"], (-1, channels))]  # slices, channels, tiles, y, x
+        return seen.swapaxes(1, 2).reshape(-1, channels, size, size)
+
+    def _look(self, images: NDArray[np.uint8]) -> "tuple[list[Look], float]":
+        """What the network says of each image, and for how many seconds it kept the device busy."""
+        started = time.perf_counter()
+        return self.look(images), time.perf_counter() - started
+
+    def _slices(self, row: Mapping[str, Any], looks: "list[Look]", placement: list[Frame]) -> list[dict[str, Any]]:
+        """What was found on each good slice of a FRAMES row, in slice voxels."""
+        tiles = len(placement)
         radius = self.settings.link.merge_distance_angstrom / 2 / (row["voxel_spacing_angstrom"] or 1.0)
         return [
             slice_of(looks[start : start + tiles], placement, radius, self.settings.detect.max_detections)
             for start in range(0, len(looks), tiles)
         ]
 
-    def _look(self, images: NDArray[np.uint8]) -> list[Look]:
-        """What the network says of each of ``(n, channels, size, size)`` images."""
-        detect = self.settings.detect
-        looks: list[Look] = []
-        for start in range(0, len(images), detect.batch_frames):
-            prediction = self.predict(torch.from_numpy(images[start : start + detect.batch_frames]))
-            sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
-            found = decode(prediction, detect.max_detections, detect.score_threshold)
-            numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), strict=True)
-            for (boxes, scores), (presence, is_sound) in zip(found, numbers, strict=True):
-                looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), presence, is_sound))
-        return looks
 
-
-def slice_of(looks: list[Look], placement: list[Frame], radius: float, most: int) -> dict[str, Any]:
+def slice_of(looks: "list[Look]", placement: list[Frame], radius: float, most: int) -> dict[str, Any]:
     """What was found on a slice, from a look at each of its frames; see `merge_frames`."""
     if not all(look.is_sound for look in looks):
         return {"status": "corrupt", "error": "the network's answer is not finite", "presence": None, "detections": []}
@@ -128,7 +114,7 @@ def slice_of(looks: list[Look], placement: list[Frame], radius: float, most: int
 
 
 def merge_frames(
-    looks: list[Look], placement: list[Frame], radius: float
+    looks: "list[Look]", placement: list[Frame], radius: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Boxes ``(n, 4)`` in slice voxels and scores ``(n,)`` of all frames of a slice, best first, each motor once.
 

@@ -53,7 +53,7 @@ def train_epochs(samples: FrameStore, held_out: FrameStore, settings: RunSetting
     per_epoch = agreed_minimum(len(samples))
     if per_epoch == 0:
         raise RunError(f"a worker could read none of its slices; see {join(run_uri, 'failures.parquet')}")
-    start = load_checkpoint(join(run_uri, "start")).model.to(memory_format=torch.channels_last)
+    start = load_checkpoint(join(run_uri, "start")).to(memory_format=torch.channels_last)
     model = ray.train.torch.prepare_model(start)
     torch.manual_seed(settings.train.seed + ray.train.get_context().get_world_rank())  # for stochastic depth
     steps = -(-per_epoch // settings.train.batch_size)

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 from scipy.optimize import linear_sum_assignment
-from scipy.signal import find_peaks
 from scipy.spatial.distance import cdist
 
 from motor_ray.config import LinkSettings
@@ -196,6 +195,8 @@ def _parts(track: Floats, looked_at: Rows, spacing_angstrom: float, settings: Li
     along_z = np.interp(np.arange(zs[0], zs[-1] + 1), between, scores)
     window = max(round(settings.max_gap_angstrom / spacing_angstrom), 1)
     smooth = uniform_filter1d(np.pad(along_z, window), window, mode="constant")
+    from scipy.signal import find_peaks  # not at the top: 0.4 s, and rarely needed
+
     peaks, properties = find_peaks(smooth, distance=max(far, 1), prominence=0)
     peaks = peaks[properties["prominences"] >= (1 - VALLEY) * smooth[peaks]]
     valleys = [low + np.argmin(smooth[low:high]) for low, high in pairwise(peaks)]

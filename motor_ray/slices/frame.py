@@ -19,6 +19,10 @@ OVERLAP = 1 / 8
 MAX_FRAMES = 64
 """A slice that would need more frames than this has a voxel spacing that cannot be true."""
 
+MILD_SHRINKING = 0.7
+"""Down to this factor interpolation weighs the same two neighbours as averaging areas does, about as much, in a sixth
+of the time: at 0.75 by (5/6, 1/6) and (1/2, 1/2) instead of (3/4, 1/4) and (1/2, 1/2)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
@@ -110,10 +114,10 @@ def inside(yx: NDArray[np.float64], size: int) -> NDArray[np.bool_]:
 
 
 def resample(image: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """A slice ``(y, x)`` at another ``shape``: pixel areas are averaged when it shrinks, interpolated when it grows."""
+    """A slice ``(y, x)`` at another ``shape``: pixel areas are averaged when it shrinks much, else interpolated."""
     if image.shape == shape:
         return image
-    method = cv2.INTER_AREA if max(shape) < max(image.shape) else cv2.INTER_LINEAR
+    method = cv2.INTER_AREA if max(shape) < MILD_SHRINKING * max(image.shape) else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (shape[1], shape[0]), interpolation=method), dtype=np.uint8)
 
 

@@ -13,6 +13,7 @@ from motor_ray import storage
 from motor_ray.config import ArchiveSettings, FrameSettings, ModelSettings, RunSettings
 from motor_ray.detector import checkpoint
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from motor_ray.detector.description import Description, describe_checkpoint
 from motor_ray.detector.model import Detector
 from motor_ray.errors import CheckpointError, ConfigError, StorageError
 
@@ -46,12 +47,10 @@ def test_a_loaded_model_predicts_bit_for_bit_what_the_saved_one_did(
     loaded = load_checkpoint(str(tmp_path / "a"))
     image = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(loaded.model(image), model(image), strict=True))
-    assert not loaded.model.training
-    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.settings == settings
-    assert loaded.metrics == {"map_50": 0.5, "epoch": 3}
-    assert loaded.sha256 == sha256
+        assert all(torch.equal(a, b) for a, b in zip(loaded(image), model(image), strict=True))
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert describe_checkpoint(tmp_path / "a") == Description(settings, {"map_50": 0.5, "epoch": 3}, sha256)
 
 
 def test_equal_weights_have_equal_hashes(small_model: SmallModel, tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_equal_weights_have_equal_hashes(small_model: SmallModel, tmp_path: Path
 def test_the_recipes_own_settings_survive(small_model: SmallModel, tmp_path: Path) -> None:
     settings = RunSettings(model=MODEL)
     save_checkpoint(tmp_path / "a", small_model(), settings, {})
-    assert load_checkpoint(tmp_path / "a").settings == settings
+    assert describe_checkpoint(tmp_path / "a").settings == settings
 
 
 def test_loading_leaves_the_random_numbers_of_others_alone(saved: Path) -> None:
@@ -95,7 +94,7 @@ def test_a_checkpoint_is_two_files_and_says_what_wrote_it(saved: Path) -> None:
 
 def test_a_newer_checkpoint_replaces_the_older(saved: Path, small_model: SmallModel) -> None:
     save_checkpoint(saved, small_model(), SETTINGS, {"map_50": 0.75})
-    assert load_checkpoint(saved).metrics == {"map_50": 0.75}
+    assert describe_checkpoint(saved).metrics == {"map_50": 0.75}
 
 
 @pytest.mark.parametrize("step", ["_write", "os.rename"])
@@ -109,7 +108,7 @@ def test_a_failure_while_writing_leaves_the_checkpoint_that_was_there(
         patch.setattr(f"motor_ray.detector.checkpoint.{step}", fail)
         with pytest.raises(StorageError, match="cannot be written"):
             save_checkpoint(saved, small_model(), SETTINGS, {"map_50": 0.75})
-    assert load_checkpoint(saved).metrics == {"map_50": 0.5}
+    assert describe_checkpoint(saved).metrics == {"map_50": 0.5}
     assert os.listdir(saved.parent) == ["best"]
 
 
@@ -124,7 +123,7 @@ def test_an_object_store_gets_the_description_last(small_model: SmallModel, monk
     monkeypatch.setattr(storage, "write_bytes", record)
     save_checkpoint("memory://bucket/run/best", small_model(), SETTINGS, {"map_50": 0.5})
     assert written == ["memory://bucket/run/best/model.safetensors", "memory://bucket/run/best/model.json"]
-    assert load_checkpoint("memory://bucket/run/best").metrics == {"map_50": 0.5}
+    assert describe_checkpoint("memory://bucket/run/best").metrics == {"map_50": 0.5}
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 

@@ -6,9 +6,10 @@ import pytest
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
+from motor_ray.detector.looks import Look
 from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
 from motor_ray.distributed.loading import LoadSlab, with_neighbours
-from motor_ray.distributed.scoring import Look, ScoreFrames, merge_frames, slice_of
+from motor_ray.distributed.scoring import ScoreFrames, merge_frames, slice_of
 from motor_ray.errors import OutageError
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import PLAN, SLABS
