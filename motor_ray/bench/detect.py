@@ -41,8 +41,8 @@ NEEDED: dict[Part, str] = {"peers": "daft", "growth": "psutil"}
 SETTINGS = settings_from(
     {"detect": {"exhaustive": True, "loaders": max(cores() // 2, 1)}, "model": {"pretrained": "none"}}
 )
-"""Every slice is looked at; a loader for two cores, all of them, for stand-ins take none; random weights, which take
-as long as others."""
+"""Every slice is looked at. A loader, with several slabs in hand, keeps two cores busy; stand-ins leave it all of them.
+Random weights take as long as trained ones."""
 
 log = logging.getLogger(__name__)
 

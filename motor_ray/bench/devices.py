@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from motor_ray.bench.notes import Notebook
 from motor_ray.config import RunSettings
-from motor_ray.distributed.scoring import Looker, ScoreFrames
+from motor_ray.distributed.scoring import Looking, ScoreFrames
 
 if TYPE_CHECKING:
     from motor_ray.detector.looks import Look
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Noted:
     """A looker, with notes of when it was at work."""
 
-    def __init__(self, look: Looker, notebook: str) -> None:
+    def __init__(self, look: Looking, notebook: str) -> None:
         self.look, self.notebook = look, Notebook(notebook)
 
     def __call__(self, images: NDArray[np.uint8]) -> "list[Look]":

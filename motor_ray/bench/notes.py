@@ -1,4 +1,4 @@
-"""What a scorer writes down while a contestant runs, and what rates follow from it."""
+"""What a device's scorer writes down while a contestant runs, and what rates follow from it."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ class Note(NamedTuple):
     """A slab, or a batch of another contestant's, that was scored."""
 
     began: float
-    """When the scorer got it: ``time.monotonic()``, which is one clock for all processes of a machine."""
+    """When the device got it: ``time.monotonic()``, which is one clock for all processes of a machine."""
 
     ended: float
     slices: int
@@ -27,7 +27,7 @@ class Steady(NamedTuple):
 
     slices_per_second: float
     busy: float
-    """Share of the time in which the scorer had something in hand."""
+    """Share of the time in which the device had something in hand."""
 
 
 class Notebook:

@@ -1,6 +1,5 @@
 """A trained network at work: pictures in, what it says of them out, in numbers that need no torch."""
 
-import warnings
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,9 +11,6 @@ from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
 from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.inference import prepare
-
-# Frames come from Ray's object store, which is read-only; nothing here writes to them.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 class Look(NamedTuple):
@@ -53,8 +49,9 @@ class Looker:
         """A look at each of ``(n, channels, size, size)`` images."""
         most, threshold = self.settings.max_detections, self.settings.score_threshold
         looks: list[Look] = []
-        for batch in torch.split(torch.from_numpy(images), self.settings.batch_frames):
-            prediction = self.predict(batch)
+        for start in range(0, len(images), self.settings.batch_frames):
+            # Copied, because torch cannot look at the object store's read-only memory.
+            prediction = self.predict(torch.tensor(images[start : start + self.settings.batch_frames]))
             sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
             found = decode(prediction, most, threshold)
             numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), strict=True)

@@ -177,9 +177,7 @@ class Job:
         rates = [said for said in self.run["looks"].values() if "score_seconds_per_slice" in said]
         if not rates or self.settings.detect.loaders:
             return pools
-        # A loader has several slabs in hand at a time.
-        load_seconds = rates[-1]["load_seconds_per_slice"] / self.settings.detect.slabs_per_loader
-        return pools.balanced(load_seconds, rates[-1]["score_seconds_per_slice"])
+        return pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
 
     def _score(self, name: str, places: Places, tally: "Tally") -> float:
         with watched(name, tally.slices, "slices", tally.tell) as board:

@@ -2,9 +2,9 @@
 
     plan (parquet) -> LoadSlab (CPU actors) -> ScoreFrames (GPU actors) -> slabs/*.parquet
 
-A row is a slab from the first file to the last, so that Ray Data can note its id when it is written and leave it out
-when the same plan is run again (ray.data.checkpoint). Rows are a few megabytes and few wait between the operators, so
-memory does not grow with the archive.
+A row is a slab from the first file to the last, so that Ray Data can note its id when it is written
+(ray.data.checkpoint), and the same plan, when it is run again, is read without what is noted. Rows are a few megabytes
+and few wait between the operators, so memory does not grow with the archive.
 """
 
 import contextlib
@@ -13,15 +13,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from ray.data.exceptions import ExecutionTimeoutError
 
 from motor_ray.distributed.cluster import object_store_limit, root_cause
+from motor_ray.distributed.ledger import done_slabs
 from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, Pools
 from motor_ray.errors import UnfinishedError
 from motor_ray.storage import arrow_filesystem
@@ -60,11 +62,13 @@ class Places(NamedTuple):
 
 
 class PlanFile(Datasource):
-    """The file of a plan, for one task to read; Ray's own reader of parquet files sends another one ahead."""
+    """What is left of a plan, for one task to read; Ray's own reader of parquet files sends another one ahead."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, plan: str, notes: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._uri = uri
+        self._plan = plan
+        # As of now: a task that is run again, because a node was lost, has to give the same rows once more.
+        self._done = ray.put(pa.array(done_slabs(notes), pa.string()))
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown, and small."""
@@ -72,14 +76,31 @@ class PlanFile(Datasource):
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """One, whatever is asked for."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=(self._uri,))
-        return [ReadTask(partial(plan_rows, self._uri), unknown, schema=PLAN)]
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=(self._plan,))
+        return [ReadTask(partial(_read_plan, self._plan, self._done), unknown, schema=PLAN)]
 
 
-def plan_rows(uri: str) -> Iterator[pa.Table]:
-    """The rows of a plan, some thousand at a time."""
-    for batch in _plan(uri).to_batches():
-        yield pa.Table.from_batches([batch])
+def _read_plan(plan: str, done: "ray.ObjectRef[pa.Array]") -> Iterator[pa.Table]:
+    return rows_left(plan, ray.get(done))
+
+
+def rows_left(plan: str, done: pa.Array) -> Iterator[pa.Table]:
+    """The rows of a plan but for the slabs that are `done`, in pieces."""
+    for batch in _plan(plan).to_batches():
+        table = pa.Table.from_batches([batch])
+        yield table.filter(pc.invert(pc.is_in(table["slab_id"], done)))
+
+
+class SettledNotes(CheckpointManager):
+    """Tells Ray that there is nothing to leave out, for `rows_left` has done so, and `settle` tidied up.
+
+    Ray would do it with an actor that holds all ids, and hand on an empty block for each slab that is done: with
+    one row to a block that takes minutes for tens of thousands of them.
+    """
+
+    def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, int]:
+        """Nothing."""
+        return None, 0
 
 
 def slabs_per_file(plan: str) -> int:
@@ -111,7 +132,7 @@ def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, cal
 
 def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:
     """The dataset of SLABS, lazily."""
-    plan = ray.data.read_datasource(PlanFile(places.plan), override_num_blocks=1)
+    plan = ray.data.read_datasource(PlanFile(places.plan, places.notes), override_num_blocks=1)
     frames: Dataset = plan.map_batches(
         loader.operator,
         fn_constructor_kwargs=loader.arguments,
@@ -153,9 +174,12 @@ def _ray_data(notes: str) -> Iterator[None]:
     context = DataContext.get_current()
     files, path = arrow_filesystem(notes)
     checkpoint = CheckpointConfig(
-        id_column="slab_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
+        id_column="slab_id",
+        checkpoint_path=path,
+        override_filesystem=files,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=SettledNotes,
     )
-    checkpoint.checkpoint_actor_pool_max_size = 1  # each holds all ids, and takes a CPU slot
     wanted = {
         "checkpoint_config": checkpoint,
         # One row to a block, whatever a row weighs: Ray hands on a block only when all of it is done. A repartition

@@ -14,10 +14,7 @@ from motor_ray.config import DetectSettings
 from motor_ray.errors import RunError
 
 TASKS = 3
-"""CPU slots for what comes and goes: reading the plan, leaving out what is done already, writing slabs."""
-
-FILTER_BYTES = 2**30
-"""What Ray's actor that leaves out finished slabs asks for."""
+"""CPU slots for what comes and goes: reading the plan, and writing slabs, two files at a time."""
 
 LOADER_BYTES, SCORER_BYTES = 500 * 10**6, 1500 * 10**6
 """Memory set aside for an actor: libraries and the slabs in its hands; and the network."""
@@ -59,7 +56,10 @@ class Pools(NamedTuple):
     bytes_ahead: int
 
     def balanced(self, load_seconds: float, score_seconds: float) -> "Pools":
-        """With just the loaders that keep the scorers busy, given how long one of each is occupied by a slice."""
+        """With just the loaders that keep the scorers busy, given how long each takes for a slice.
+
+        That a loader has several slabs in hand is left out: scorers must not wait, and idle loaders cost little.
+        """
         enough = math.ceil(SPARE * self.scorers * load_seconds / max(score_seconds, 1e-9))
         return self._replace(loaders=max(min(enough, self.loaders), 1))
 
@@ -78,7 +78,7 @@ def plan_pools(room: Room, settings: DetectSettings) -> Pools:
     Raises RunError, saying what is missing, if there is not even room for one of each and the tasks that feed them.
     """
     _require(room)
-    free_cpus, free_bytes = room.cpus - TASKS, room.memory - FILTER_BYTES
+    free_cpus, free_bytes = room.cpus - TASKS, room.memory
     scorers = settings.scorers or max(room.gpus, 1)
     fitting = min(free_cpus - 1, (free_bytes - LOADER_BYTES) // SCORER_BYTES, room.gpus or scorers)
     if scorers > fitting:
@@ -100,7 +100,7 @@ def local_slots(settings: DetectSettings) -> int:
 
 def _require(room: Room) -> None:
     """Raises RunError unless there is room for a scorer, a loader and tasks."""
-    memory = FILTER_BYTES + LOADER_BYTES + SCORER_BYTES
+    memory = LOADER_BYTES + SCORER_BYTES
     needed = [
         (room.cpus, TASKS + 2, "CPUs", 1, "add nodes, or start Ray with more (ray start --num-cpus)"),
         (room.memory, memory, "GB of memory", 1e9, "add nodes, or state what there is (ray start --memory)"),

@@ -21,7 +21,8 @@ from motor_ray.tables import SLABS
 if TYPE_CHECKING:
     from motor_ray.detector.looks import Look
 
-Looker = Callable[[NDArray[np.uint8]], "list[Look]"]
+Looking = Callable[[NDArray[np.uint8]], "list[Look]"]
+"""What Looker does, and stand-ins for it: ``(n, channels, size, size)`` images to a look at each."""
 
 
 class ScoreFrames:
@@ -51,7 +52,7 @@ class ScoreFrames:
         self._begin(settings, Looker(model, settings.detect, threads=threads, compiled=compiled), report)
 
     def _begin(
-        self, settings: RunSettings, look: Looker, report: Callable[[str, int, float], None] | None = None
+        self, settings: RunSettings, look: Looking, report: Callable[[str, int, float], None] | None = None
     ) -> None:
         self.settings, self.look, self.report = settings, look, report
         self._device = ThreadPoolExecutor(1)  # one thread, always the same: torch keeps much of its state by thread

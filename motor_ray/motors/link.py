@@ -185,6 +185,8 @@ def _assign(here: Floats, ends: Floats, gate: float, reach: float) -> tuple[Rows
 
 def _parts(track: Floats, looked_at: Rows, spacing_angstrom: float, settings: LinkSettings) -> list[Floats]:
     """A track ``(n, 6)``, cut in the valleys between motors that lie in line along z."""
+    from scipy.signal import find_peaks  # takes 0.4 s to import, which the start of a run need not wait for
+
     zs = track[:, 0].astype(np.int64)
     far = settings.merge_distance_angstrom / spacing_angstrom
     if zs[-1] - zs[0] <= far:
@@ -195,8 +197,6 @@ def _parts(track: Floats, looked_at: Rows, spacing_angstrom: float, settings: Li
     along_z = np.interp(np.arange(zs[0], zs[-1] + 1), between, scores)
     window = max(round(settings.max_gap_angstrom / spacing_angstrom), 1)
     smooth = uniform_filter1d(np.pad(along_z, window), window, mode="constant")
-    from scipy.signal import find_peaks  # not at the top: 0.4 s, and rarely needed
-
     peaks, properties = find_peaks(smooth, distance=max(far, 1), prominence=0)
     peaks = peaks[properties["prominences"] >= (1 - VALLEY) * smooth[peaks]]
     valleys = [low + np.argmin(smooth[low:high]) for low, high in pairwise(peaks)]

@@ -19,9 +19,9 @@ OVERLAP = 1 / 8
 MAX_FRAMES = 64
 """A slice that would need more frames than this has a voxel spacing that cannot be true."""
 
-MILD_SHRINKING = 0.7
-"""Down to this factor interpolation weighs the same two neighbours as averaging areas does, about as much, in a sixth
-of the time: at 0.75 by (5/6, 1/6) and (1/2, 1/2) instead of (3/4, 1/4) and (1/2, 1/2)."""
+MILD_SHRINKING = 0.75
+"""Down to this factor, that of 960 voxels to 720 pixels, interpolation weighs the same two neighbours as averaging
+areas does, about as much, in a sixth of the time: by (5/6, 1/6) and (1/2, 1/2) instead of (3/4, 1/4) and (1/2, 1/2)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from hypothesis import strategies as st
 
 from motor_ray.config import DetectSettings
 from motor_ray.distributed.preflight import (
-    FILTER_BYTES,
     LOADER_BYTES,
     SCORER_BYTES,
     SLAB_BYTES,
@@ -33,13 +32,13 @@ def test_what_is_planned_leaves_room_for_the_tasks_that_feed_it_or_is_refused(cp
     try:
         pools = plan_pools(room, DetectSettings(scorers=scorers, loaders=loaders))
     except RunError:
-        assert cpus < TASKS + 2 or memory < FILTER_BYTES + LOADER_BYTES + SCORER_BYTES
+        assert cpus < TASKS + 2 or memory < LOADER_BYTES + SCORER_BYTES
         return
     assert pools.scorers >= 1
     assert pools.loaders >= 1
     assert pools.scorers + pools.loaders + TASKS <= cpus
     assert pools.scorers * pools.gpus_per_scorer <= gpus
-    assert pools.scorers * SCORER_BYTES + pools.loaders * LOADER_BYTES + FILTER_BYTES <= memory
+    assert pools.scorers * SCORER_BYTES + pools.loaders * LOADER_BYTES <= memory
     assert pools.bytes_ahead <= room.object_store // 2
 
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pyarrow as pa
@@ -175,3 +177,28 @@ def test_pixels_travel_without_a_copy_and_unchanged(plan, settings):
         np.testing.assert_array_equal(first, row["frames"].ravel())
         np.testing.assert_array_equal(first, last)
         np.testing.assert_array_equal(pixels_of(some.slice(2))[0], last)
+
+
+def test_calls_that_overlap_share_one_device_and_one_that_fails_spoils_no_other(plan, settings, checkpoint):
+    frames, scorer = LoadSlab(settings)(plan), ScoreFrames(settings, checkpoint)
+    alone, at_work, most = scorer(frames), [], []
+    look = scorer.look
+
+    def watched(images):
+        at_work.append(1)
+        most.append(len(at_work))
+        try:
+            if len(most) == 3:
+                raise ValueError("the device is gone")
+            return look(images)
+        finally:
+            at_work.pop()
+
+    scorer.look = watched
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(scorer, frames.slice(n, 1)) for n in range(len(plan)) for _ in range(3)]
+        ended = [call.exception() for call in calls]
+    assert max(most) == 1
+    assert [str(error) for error in ended if error] == ["the device is gone"]
+    for number, call in enumerate(calls):
+        assert ended[number] or call.result() == alone.slice(number // 3, 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from motor_ray.config import FrameSettings
 from motor_ray.errors import TomogramError
-from motor_ray.slices.frame import OVERLAP, Frame, frames_of, resample
+from motor_ray.slices.frame import MILD_SHRINKING, OVERLAP, Frame, frames_of, resample
 
 FIT = FrameSettings(size=720)
 SPACING = FrameSettings(mode="spacing", size=256, spacing_angstrom=16.0)
@@ -73,3 +73,16 @@ def test_a_fixed_spacing_needs_the_tomograms_own():
 def test_an_absurd_spacing_is_refused_before_any_memory_is_taken():
     with pytest.raises(TomogramError, match="is the voxel spacing right"):
         frames_of((960, 928), 4000.0, SPACING)
+
+
+@pytest.mark.parametrize("factor", [MILD_SHRINKING, MILD_SHRINKING - 0.01, 0.5, 1.5])
+def test_resampling_keeps_what_is_smooth_whichever_way_it_goes(factor):
+    y, x = np.mgrid[0:400, 0:400] + 0.5
+    shape = (round(400 * factor),) * 2
+
+    def wave(y, x):
+        return 128 + 100 * np.sin(y / 25) * np.cos(x / 40)
+
+    smaller = resample(np.rint(wave(y, x)).astype(np.uint8), shape).astype(float)
+    y, x = (np.mgrid[0 : shape[0], 0 : shape[1]] + 0.5) * (400 / shape[0])
+    assert np.abs(smaller - wave(y, x))[4:-4, 4:-4].max() < 2
