@@ -16,10 +16,10 @@ import pyarrow.dataset
 
 from motor_ray.archive.plan import pieces
 from motor_ray.config import RunSettings
-from motor_ray.errors import RunError, StorageError, UnfinishedError
+from motor_ray.errors import OutageError, RunError, StorageError, UnfinishedError
 from motor_ray.motors.failures import failed_slices, failed_tomograms
 from motor_ray.motors.link import link_slabs
-from motor_ray.storage import arrow_filesystem, join, list_names, read_table, remove, write_table
+from motor_ray.storage import arrow_filesystem, exists, join, list_names, read_table, remove, write_table
 from motor_ray.tables import MOTORS, PLAN, SLABS
 
 PENDING = ".pending.parquet"
@@ -56,8 +56,9 @@ def settle(slabs: str, notes: str) -> None:
 
     Ray Data writes a pending note, the slabs, and then renames the note; slabs whose note is pending may be torn and
     are taken back. But object stores cannot rename, so there may be both notes, or none; a task whose answer was lost
-    is run again after it renamed its note; and a writer that outlived its driver may have written what another wrote
-    again. In the end every noted slab is written once, and every written one is noted.
+    is run again after it renamed its note, and leaves both, too, and perhaps a torn file; and a writer that outlived
+    its driver may have written what another wrote again. In the end every noted slab is written once, and every
+    written one is noted.
     """
     _take_back_pending(slabs, notes)
     noted = set(_ids(notes))
@@ -145,9 +146,21 @@ def _dataset(uri: str, schema: pa.Schema) -> pyarrow.dataset.Dataset:
 def _take_back_pending(slabs: str, notes: str) -> None:
     for note in [name for name in _names(notes) if name.endswith(PENDING)]:
         task = note.removesuffix(PENDING)
-        for name in [name for name in _names(slabs) if name.startswith(task)]:
-            remove(join(slabs, name))
+        files = [name for name in _names(slabs) if name.startswith(task)]
+        if not (exists(join(notes, f"{task}.parquet")) and all(_is_whole(join(slabs, name)) for name in files)):
+            for name in files:
+                remove(join(slabs, name))
         remove(join(notes, note))
+
+
+def _is_whole(uri: str) -> bool:
+    """Whether a parquet file was written to its end, where its columns are listed."""
+    try:
+        return len(read_table(uri, columns=["slab_id"])) > 0
+    except OutageError:
+        raise
+    except StorageError:
+        return False
 
 
 def _ids(folder: str) -> Iterator[str]:
