@@ -16,7 +16,7 @@ from motor_ray.errors import RunError
 TASKS = 3
 """CPU slots for what comes and goes: reading the plan, and writing slabs, two files at a time."""
 
-LOADER_BYTES, SCORER_BYTES = 500 * 10**6, 1500 * 10**6
+LOADER_BYTES, SCORER_BYTES = 600 * 10**6, 1500 * 10**6
 """Memory set aside for an actor: libraries and the slabs in its hands; and the network."""
 
 SLAB_BYTES = 10_000_000
