@@ -59,6 +59,9 @@ SETTINGS = settings_from(
 )
 NODE = {"num_cpus": 5, "memory": 6 * 10**9, "object_store_memory": 100 * 10**6, "include_dashboard": False}
 WHERE = ["of a cluster", "with a Ray of its own"]
+LAST_FILES = 8
+"""Of the files of a run, those that come too fast one after the other to be sure of a blow between them."""
+
 SECONDS_TO_END = 30
 """What processes get to notice that the one they work for is gone."""
 
@@ -248,7 +251,7 @@ def struck(what: str, driver: Driver, run: Undisturbed) -> int:
 def test_killed_workers_change_nothing(title, seed, undisturbed, idle, tmp_path):
     """Each time another file has been committed, or Ray would take a constructor for broken."""
     chance = random.Random(f"{title} {seed}")
-    moments = sorted(chance.sample(range(undisturbed.files - 1), chance.randint(1, 3)))
+    moments = sorted(chance.sample(range(undisturbed.files - LAST_FILES), chance.randint(1, 3)))
     raylet = raylet_of(idle.head_node)
     with undisturbed.task.started(str(tmp_path / "out"), RAY_ADDRESS=idle.address) as driver:
         for files in moments:
@@ -273,7 +276,7 @@ def catch(raylet: int, title: str, driver: Driver, seconds: float) -> None:
 def test_a_lost_node_changes_nothing(seed, undisturbed, idle, tmp_path):
     """What is left has room for all, for all but the tasks between actors, or not even for all actors at once."""
     chance = random.Random(seed)
-    loaders, files = chance.choice([2, 3, 4]), chance.randrange(undisturbed.files - 1)
+    loaders, files = chance.choice([2, 3, 4]), chance.randrange(undisturbed.files - LAST_FILES)
     flags = ["--detect.scorers", "2", "--detect.loaders", str(loaders)]
     node = idle.add_node(**NODE)
     try:
