@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -179,6 +180,12 @@ def read_table(uri: str, columns: Sequence[str] | None = None, settings: Archive
         raise failure(uri, "cannot be read", error) from None
     except pa.ArrowInvalid as error:
         raise StorageError(f"{uri}: is not parquet ({error})") from None
+
+
+def open_dataset(uri: str, schema: pa.Schema) -> pyarrow.dataset.Dataset:
+    """The parquet file, or the folder of parquet files, `uri`, with the columns of `schema`, to be read in parts."""
+    files, path = arrow_filesystem(uri)
+    return pyarrow.dataset.dataset(path, schema=schema, filesystem=files, format="parquet")
 
 
 def _scheme(uri: str) -> str:

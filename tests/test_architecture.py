@@ -29,7 +29,7 @@ ALLOWED = {
     "machine": set(),
     "tables": set(),
     "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress", "results", "demo"},
-    "demo": BASE | {"archive", "detector", "distributed", "results", "progress"},
+    "demo": BASE | {"archive", "distributed", "results", "progress"},
     "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
     "cli": BASE | {"verbs"},
 }

@@ -89,7 +89,7 @@ def motor_ray(job: Job) -> Said:
         with watched("bench", job.slices, "slices") as board:
             loader = Stage(LoadSlab, {"settings": settings, "count": board.count})
             scorer = scorer_of(job, pools, board)
-            seconds = run_pipeline(places, loader, scorer, pools, settings.detect.slabs_per_loader)
+            seconds = run_pipeline(places, (), loader, scorer, pools, settings.detect.slabs_per_loader)
             retries = board.read().counts.get("retries", 0)
     return {
         "loaders": pools.loaders,

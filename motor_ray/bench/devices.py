@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from motor_ray.bench.notes import Notebook
 from motor_ray.config import RunSettings
-from motor_ray.distributed.scoring import Looking, ScoreFrames
+from motor_ray.distributed.scoring import Looking, Report, ScoreFrames
 
 if TYPE_CHECKING:
     from motor_ray.detector.looks import Look
@@ -40,7 +40,7 @@ class StandIn(ScoreFrames):
     Like a GPU it leaves the CPU all the rest of a scorer's work; as that does, it imports torch when it starts.
     """
 
-    def __init__(self, notebook: str, settings: RunSettings, seconds: float, report: Any = None) -> None:
+    def __init__(self, notebook: str, settings: RunSettings, seconds: float, report: Report | None = None) -> None:
         from motor_ray.detector.looks import Look
 
         nothing = Look(np.empty((0, 4)), np.empty(0), 0.5, is_sound=True)

@@ -68,7 +68,7 @@ def load_checkpoint(uri: str | Path) -> Detector:
 
 
 def load_weights(uri: str | Path, model: Detector) -> None:
-    """Copy the tensors of the checkpoint `uri` into `model`. Raises CheckpointError, also if they do not fit it."""
+    """Copy the tensors of the checkpoint `uri` into `model`; raises as `load_checkpoint`."""
     source = storage.join(str(uri), TENSORS)
     load_tensors(model, parse_tensors(read_checkpoint(str(uri))[1], source), source)
 

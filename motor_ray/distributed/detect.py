@@ -154,11 +154,12 @@ class Job:
         places = Places(join(self.out, LOOKS[name]), join(self.out, "slabs"), self.notes)
         if not exists(places.plan):
             write_plan(make_plan(), places.plan)
-        tally = Tally(self.manifest, places.plan, done_slabs(self.notes))
+        done = done_slabs(self.notes)
+        tally = Tally(self.manifest, places.plan, done)
         if name in self.run["looks"] and not tally.left:
             return
         self.pools = self._pools()
-        load_seconds = self._score(name, places, tally) if tally.left else 0.0
+        load_seconds = self._score(name, places, done, tally) if tally.left else 0.0
         self.run["looks"][name] = tally.summary(load_seconds, self.pools)
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})
 
@@ -179,11 +180,11 @@ class Job:
             return pools
         return pools.balanced(rates[-1]["load_seconds_per_slice"], rates[-1]["score_seconds_per_slice"])
 
-    def _score(self, name: str, places: Places, tally: "Tally") -> float:
+    def _score(self, name: str, places: Places, done: set[str], tally: "Tally") -> float:
         with watched(name, tally.slices, "slices", tally.tell) as board:
             loader = Stage(LoadSlab, {"settings": self.settings, "count": board.count})
             scorer = Stage(ScoreFrames, self._scorer_arguments(tally.left, board))
-            return run_pipeline(places, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
+            return run_pipeline(places, done, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
 
     def _scorer_arguments(self, slices: int, board: Board) -> dict[str, Any]:
         """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""

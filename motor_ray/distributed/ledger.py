@@ -19,7 +19,7 @@ from motor_ray.config import RunSettings
 from motor_ray.errors import OutageError, RunError, StorageError, UnfinishedError
 from motor_ray.motors.failures import failed_slices, failed_tomograms
 from motor_ray.motors.link import link_slabs
-from motor_ray.storage import arrow_filesystem, exists, join, list_names, read_table, remove, write_table
+from motor_ray.storage import exists, join, list_names, open_dataset, read_table, remove, write_table
 from motor_ray.tables import MOTORS, PLAN, SLABS
 
 PENDING = ".pending.parquet"
@@ -131,16 +131,11 @@ def gather(
 
 
 def _joined(uris: Sequence[str], schema: pa.Schema, manifest: pa.Table) -> Iterator[tuple[pa.Table, pa.Table]]:
-    tables = [_dataset(uri, schema) for uri in uris]
+    tables = [open_dataset(uri, schema) for uri in uris]
     field = pyarrow.dataset.field("tomo_id")
     for piece in pieces(manifest):
         within = (field >= piece["tomo_id"][0]) & (field <= piece["tomo_id"][-1])
         yield piece, pa.concat_tables([table.to_table(filter=within) for table in tables])
-
-
-def _dataset(uri: str, schema: pa.Schema) -> pyarrow.dataset.Dataset:
-    files, path = arrow_filesystem(uri)
-    return pyarrow.dataset.dataset(path, schema=schema, filesystem=files, format="parquet")
 
 
 def _take_back_pending(slabs: str, notes: str) -> None:

@@ -8,13 +8,12 @@ and few wait between the operators, so memory does not grow with the archive.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
@@ -23,10 +22,9 @@ from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from ray.data.exceptions import ExecutionTimeoutError
 
 from motor_ray.distributed.cluster import object_store_limit, root_cause
-from motor_ray.distributed.ledger import done_slabs
 from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, Pools
 from motor_ray.errors import UnfinishedError
-from motor_ray.storage import arrow_filesystem
+from motor_ray.storage import arrow_filesystem, open_dataset
 from motor_ray.tables import PLAN
 
 SLABS_PER_FILE = 64
@@ -64,11 +62,11 @@ class Places(NamedTuple):
 class PlanFile(Datasource):
     """What is left of a plan, for one task to read; Ray's own reader of parquet files sends another one ahead."""
 
-    def __init__(self, plan: str, notes: str) -> None:
+    def __init__(self, plan: str, done: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
-        # As of now: a task that is run again, because a node was lost, has to give the same rows once more.
-        self._done = ray.put(pa.array(done_slabs(notes), pa.string()))
+        # Not read from the notes by the task: run again, because a node was lost, it has to give the same rows.
+        self._done = ray.put(pa.array(done, pa.string()))
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown, and small."""
@@ -86,7 +84,7 @@ def _read_plan(plan: str, done: "ray.ObjectRef[pa.Array]") -> Iterator[pa.Table]
 
 def rows_left(plan: str, done: pa.Array) -> Iterator[pa.Table]:
     """The rows of a plan but for the slabs that are `done`, in pieces."""
-    for batch in _plan(plan).to_batches():
+    for batch in open_dataset(plan, PLAN).to_batches():
         table = pa.Table.from_batches([batch])
         yield table.filter(pc.invert(pc.is_in(table["slab_id"], done)))
 
@@ -105,24 +103,21 @@ class SettledNotes(CheckpointManager):
 
 def slabs_per_file(plan: str) -> int:
     """How many slabs of a plan are written together."""
-    rows: int = _plan(plan).count_rows()
+    rows: int = open_dataset(plan, PLAN).count_rows()
     return min(max(rows // FILES, 1), SLABS_PER_FILE)
 
 
-def _plan(uri: str) -> pyarrow.dataset.Dataset:
-    files, path = arrow_filesystem(uri)
-    return pyarrow.dataset.dataset(path, filesystem=files, format="parquet")
-
-
-def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> float:
-    """Score every slab of the plan that is not among the slabs yet; returns for how many seconds loaders were busy.
+def run_pipeline(
+    places: Places, done: Collection[str], loader: Stage, scorer: Stage, pools: Pools, calls: int
+) -> float:
+    """Score every slab of the plan whose id is not among those `done`; returns for how many seconds loaders were busy.
 
     Loaders work on `calls` slabs at a time. Raises UnfinishedError, with the innermost reason, if it breaks; what was
     written stays, and the same call goes on from there.
     """
     files, folder = arrow_filesystem(places.slabs)
     with _ray_data(places.notes), object_store_limit(pools.bytes_ahead):
-        slabs = _build(places, loader, scorer, pools, calls)
+        slabs = _build(PlanFile(places.plan, done), loader, scorer, pools, calls)
         try:
             slabs.write_parquet(folder, filesystem=files, min_rows_per_file=slabs_per_file(places.plan))
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
@@ -130,10 +125,9 @@ def run_pipeline(places: Places, loader: Stage, scorer: Stage, pools: Pools, cal
         return _busy_seconds(slabs, loader.operator)
 
 
-def _build(places: Places, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:
+def _build(plan: PlanFile, loader: Stage, scorer: Stage, pools: Pools, calls: int) -> Dataset:
     """The dataset of SLABS, lazily."""
-    plan = ray.data.read_datasource(PlanFile(places.plan, places.notes), override_num_blocks=1)
-    frames: Dataset = plan.map_batches(
+    frames: Dataset = ray.data.read_datasource(plan, override_num_blocks=1).map_batches(
         loader.operator,
         fn_constructor_kwargs=loader.arguments,
         batch_size=1,

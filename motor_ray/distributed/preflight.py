@@ -78,14 +78,14 @@ def plan_pools(room: Room, settings: DetectSettings) -> Pools:
     Raises RunError, saying what is missing, if there is not even room for one of each and the tasks that feed them.
     """
     _require(room)
-    free_cpus, free_bytes = room.cpus - TASKS, room.memory
+    free_cpus = room.cpus - TASKS
     scorers = settings.scorers or max(room.gpus, 1)
-    fitting = min(free_cpus - 1, (free_bytes - LOADER_BYTES) // SCORER_BYTES, room.gpus or scorers)
+    fitting = min(free_cpus - 1, (room.memory - LOADER_BYTES) // SCORER_BYTES, room.gpus or scorers)
     if scorers > fitting:
         log.info("room for %d of %d scorers", fitting, scorers)
         scorers = fitting
     loaders = settings.loaders or (LOADERS_PER_GPU * scorers if room.gpus else scorers)
-    fitting = min(free_cpus - scorers, (free_bytes - scorers * SCORER_BYTES) // LOADER_BYTES)
+    fitting = min(free_cpus - scorers, (room.memory - scorers * SCORER_BYTES) // LOADER_BYTES)
     if settings.loaders and loaders > fitting:
         log.info("room for %d of %d loaders", fitting, loaders)
     loaders = min(loaders, fitting)

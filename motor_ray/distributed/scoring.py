@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Looking = Callable[[NDArray[np.uint8]], "list[Look]"]
 """What Looker does, and stand-ins for it: ``(n, channels, size, size)`` images to a look at each."""
 
+Report = Callable[[str, int, float], None]
+"""Is told the tomogram of a slab, its slices, and for how many seconds the device looked at them."""
+
 
 class ScoreFrames:
     """Looks for motors on frames.
@@ -42,7 +45,7 @@ class ScoreFrames:
         *,
         per_node: int = 1,
         compiled: Literal["on", "off", "if possible"] = "off",
-        report: Callable[[str, int, float], None] | None = None,
+        report: Report | None = None,
     ) -> None:
         # Not at the top: who starts a run names this class, and would wait 3 s for torch, which only actors need.
         from motor_ray.detector.looks import Looker
@@ -51,9 +54,7 @@ class ScoreFrames:
         threads = max(cores() // per_node, 1)
         self._begin(settings, Looker(model, settings.detect, threads=threads, compiled=compiled), report)
 
-    def _begin(
-        self, settings: RunSettings, look: Looking, report: Callable[[str, int, float], None] | None = None
-    ) -> None:
+    def _begin(self, settings: RunSettings, look: Looking, report: Report | None) -> None:
         self.settings, self.look, self.report = settings, look, report
         self._device = ThreadPoolExecutor(1)  # one thread, always the same: torch keeps much of its state by thread
 

@@ -215,7 +215,7 @@ def test_a_scorer_that_cannot_start_ends_the_run_with_its_reason(archive, settin
     loader = Stage(LoadSlab, {"settings": settings})
     scorer = Stage(ScoreFrames, {"settings": settings, "model": str(tmp_path / "no-model")})
     with pytest.raises(UnfinishedError, match=r"detection stopped: .*no-model"):
-        run_pipeline(places, loader, scorer, plan_pools(room(), settings.detect), 2)
+        run_pipeline(places, (), loader, scorer, plan_pools(room(), settings.detect), 2)
 
 
 def test_progress_counts_tomograms_as_their_last_slice_is_done(archive, settings, tmp_path):
