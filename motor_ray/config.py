@@ -124,6 +124,10 @@ class TargetSettings(Settings):
     reach_angstrom: float = Field(60.0, ge=0)
     """A slice shows a motor if it lies within this distance of the motor's centre along z."""
 
+    fade_angstrom: float | None = Field(None, gt=0)
+    """Standard deviation along z of a Gaussian by which a motor's target fades on slices away from its centre, as a
+    slice of a 3-D Gaussian does. When not given, every slice within reach shows it fully."""
+
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b3"]
 
@@ -173,16 +177,29 @@ class LossSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """Optimisation."""
+    """Optimisation, and what a run leaves behind."""
 
     epochs: int = Field(100, ge=1)
     """Passes over the training slices."""
 
     batch_size: int = Field(4, ge=1)
-    """Frames a worker takes per step."""
+    """Frames a worker takes through the network at a time."""
+
+    accumulate: int = Field(1, ge=1)
+    """Batches of each worker that make one step of the optimizer."""
 
     learning_rate: float = Field(2e-4, gt=0)
-    """AdamW's peak learning rate; it falls to zero along a cosine."""
+    """AdamW's peak learning rate, for steps of 4 frames."""
+
+    scale_learning_rate: Literal["no", "sqrt", "linear"] = "sqrt"
+    """How the learning rate grows with the frames of a step, those of all workers; for Adam the square root keeps
+    training alike (Malladi et al. 2022, arXiv 2205.10287)."""
+
+    schedule: Literal["cosine", "cyclic"] = "cosine"
+    """The learning rate falls to zero along a cosine, once or in `cycles`; after each cycle a snapshot is kept."""
+
+    cycles: int = Field(5, ge=1)
+    """Cycles of the cyclic schedule (Huang et al. 2017, arXiv 1704.00109); they must divide `epochs`."""
 
     weight_decay: float = Field(1e-5, ge=0)
     """AdamW's weight decay."""
@@ -190,23 +207,76 @@ class TrainSettings(Settings):
     clip_norm: float = Field(5.0, gt=0)
     """Gradients are scaled down to this norm."""
 
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Weights are averaged over the steps, with this decay, and the averages are what is validated and kept; 0 for
+    the plain weights."""
+
+    batch_norm: Literal["batch", "sync", "frozen"] = "batch"
+    """Statistics of batch normalisation: of each worker's batch, of all workers' together (on GPUs), or those that the
+    backbone came with. For small batches one of the latter two."""
+
     mixed_precision: bool = True
     """Compute in bfloat16 where that is safe."""
 
+    channels_last: bool = True
+    """Lay images out as convolutions are fastest with."""
+
+    compile: bool = False
+    """torch.compile the network: the first steps take minutes, the others less."""
+
+    start_from: str | None = None
+    """Checkpoint whose weights training starts from, such as another run's best."""
+
     patience: int = Field(15, ge=1)
-    """Stop after this many epochs without a better validation mAP@0.5."""
+    """Stop after so many validations without a better mAP@0.5; not with the cyclic schedule."""
 
     negatives_per_positive: float = Field(1.0, ge=0)
     """Slices without a motor for each slice with one."""
 
+    empty_share: float = Field(0.5, ge=0, le=1)
+    """Share of the slices without a motor that come from tomograms without one; the others lie far from any motor."""
+
     slices_per_motor: int = Field(9, ge=1)
     """At most this many slices within a motor's reach, evenly spaced, are training samples."""
+
+    validate_steps: int | None = Field(None, ge=1)
+    """Validate after every so many steps, too, not only after every epoch."""
+
+    tomograms: Literal["no", "end", "during"] = "end"
+    """When whole validation tomograms are looked at: after training, or also beside it, if the cluster has room."""
+
+    tomograms_epochs: int = Field(5, ge=1)
+    """With `tomograms` during: after every so many epochs."""
+
+    checkpoint_steps: int = Field(1000, ge=1)
+    """Steps after which a checkpoint to go on from is kept, besides that after every epoch."""
+
+    max_failures: int = Field(3, ge=0)
+    """How often training goes on by itself after losing a worker or a node; preempted nodes are not counted."""
 
     worker_cpus: int = Field(1, ge=1)
     """CPUs of a worker; a worker without GPU computes on this many threads."""
 
+    worker_resources: dict[str, float] = {}
+    """What else a worker takes, by the names of the cluster's resources."""
+
+    cache: str | None = None
+    """Folder on every node's own disk for decoded frames; that of the Ray session when not given."""
+
+    tensorboard: bool = True
+    """Write metrics for TensorBoard to the run's folder."""
+
+    mlflow: str | None = None
+    """Tracking URI of an MLflow server or folder that metrics go to, as well."""
+
     seed: int = 420
     """Seed of the split, the choice of slices, the initial weights and the augmentation."""
+
+    @model_validator(mode="after")
+    def _cycles_divide_epochs(self) -> "TrainSettings":
+        if self.schedule == "cyclic" and self.epochs % self.cycles:
+            raise ValueError(f"cycles must divide epochs, got {self.cycles} and {self.epochs}")
+        return self
 
 
 class DetectSettings(Settings):
