@@ -20,10 +20,24 @@ import tyro
 from motor_ray import __version__
 from motor_ray.config import RunSettings, Settings, read_settings
 from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
-from motor_ray.verbs import Bench, Demo, Detect, Evaluate, Export, Figure, Manifest, Simulate, Train, Verb
+from motor_ray.verbs.archives import Figure, Manifest, Simulate
+from motor_ray.verbs.detection import Detect, Evaluate, Export
+from motor_ray.verbs.flags import Verb
+from motor_ray.verbs.showing import Bench, Demo
+from motor_ray.verbs.training import Ablate, Train, Tune
 
 VERBS: dict[str, type[Verb]] = {
-    verb.__name__.lower(): verb for verb in (Demo, Simulate, Manifest, Train, Detect, Evaluate, Export, Figure, Bench)
+    "demo": Demo,
+    "simulate": Simulate,
+    "manifest": Manifest,
+    "train": Train,
+    "detect": Detect,
+    "evaluate": Evaluate,
+    "export": Export,
+    "figure": Figure,
+    "ablate": Ablate,
+    "tune": Tune,
+    "bench": Bench,
 }
 
 

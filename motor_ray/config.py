@@ -267,10 +267,13 @@ class TrainSettings(Settings):
     """Write metrics for TensorBoard to the run's folder."""
 
     mlflow: str | None = None
-    """Tracking URI of an MLflow server or folder that metrics go to, as well."""
+    """Tracking URI of an MLflow server or database that metrics go to, as well; one that all nodes understand."""
 
     seed: int = 420
-    """Seed of the split, the choice of slices, the initial weights and the augmentation."""
+    """Seed of the choice of slices, the initial weights and the augmentation."""
+
+    split_seed: int = 420
+    """Seed of the split into tomograms to train on, to validate with and to leave alone."""
 
     @model_validator(mode="after")
     def _cycles_divide_epochs(self) -> "TrainSettings":
@@ -400,6 +403,13 @@ HOW_NOT_WHAT = {
 }
 """Settings that change how a detection runs, not what it finds: a run may go on with others."""
 
+TRAIN_HOW_NOT_WHAT = {
+    *(f"archive.{name}" for name in HOW_NOT_WHAT["archive"]),
+    *(f"detect.{name}" for name in HOW_NOT_WHAT["detect"]),
+    *(f"train.{name}" for name in ("checkpoint_steps", "max_failures", "cache", "tensorboard", "mlflow")),
+}
+"""Settings with which, changed, a training run may go on all the same."""
+
 
 def results_hash(settings: RunSettings) -> str:
     """A short name for what these settings find: equal for settings that differ only in HOW_NOT_WHAT."""
@@ -409,6 +419,21 @@ def results_hash(settings: RunSettings) -> str:
         same = {name: getattr(getattr(usual, group), name) for name in names}
         groups[group] = getattr(settings, group).model_copy(update=same)
     return settings_hash(settings.model_copy(update=groups))
+
+
+def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT."""
+    was, now = _flat(there), _flat(here)
+    return [
+        f"{name} was {was.get(name)}, is {now.get(name)}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name) and name not in TRAIN_HOW_NOT_WHAT
+    ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their whole names."""
+    return {f"{group}.{name}": value for group, settings in values.items() for name, value in settings.items()}
 
 
 def settings_hash(settings: Settings) -> str:

@@ -13,7 +13,8 @@ from motor_ray.archive.simulate import simulate_archive
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.detect import detect
-from motor_ray.distributed.training import slots_for, train
+from motor_ray.distributed.team import slots_for
+from motor_ray.distributed.training import train
 from motor_ray.errors import RunError, StorageError
 from motor_ray.machine import cores
 from motor_ray.progress import progress_bar
@@ -39,7 +40,7 @@ def demo_settings() -> RunSettings:
             "targets": {"box_pixels": 40},
             "model": {"backbone": "resnet18", "pretrained": "none", "neck_channels": 64, "head_channels": 32},
             "augment": {"flips": True, "rotation_degrees": 180},
-            "train": {"epochs": 10, "batch_size": 4, "learning_rate": 1e-3, "worker_cpus": cores()},
+            "train": {"epochs": 10, "batch_size": 4, "learning_rate": 1e-3, "worker_cpus": cores(), "tomograms": "no"},
         }
     )
 
@@ -71,7 +72,7 @@ def train_demo(folder: Path) -> str:
     settings = demo_settings()
     labels = simulate(folder / "train_archive", TRAIN_COUNTS, seed=420)
     manifest = make_manifest(str(folder / "train_archive"), settings.archive)
-    run = train(manifest, labels, settings, str(folder / "runs"), "demo", workers=1, resume=False)
+    run = train(manifest, labels, settings, str(folder / "runs"), "demo", workers=(1, 1), resume=False)
     return str(run["model"])
 
 

@@ -3,6 +3,7 @@
 Joins archive, slices and motors, which know nothing of one another.
 """
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,25 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
-from motor_ray.archive.readers import open_tomogram
-from motor_ray.config import ArchiveSettings, AugmentSettings, EvaluateSettings, RunSettings, settings_from
+from motor_ray.config import EvaluateSettings, RunSettings, settings_from
 from motor_ray.errors import ExportError, LabelsError, OutageError, RunError, StorageError
 from motor_ray.motors.evaluate import evaluate
 from motor_ray.motors.export import PLACE, Format, chosen_motors, copick_config, export_files
-from motor_ray.motors.figures import CheckRow, MotorsPanel, dataset_check, motors_figure
-from motor_ray.slices.augment import augment, sample_generator
-from motor_ray.slices.frame import frames_of
-from motor_ray.slices.preprocess import make_frames, to_uint8
-from motor_ray.slices.targets import boxes_on_frame, draw_targets
+from motor_ray.motors.figures import dataset_check, motors_figure, validation_page
+from motor_ray.motors.matching import outcomes
 from motor_ray.storage import absolute, exists, join, read_json, read_table, write_bytes
+from motor_ray.views import box_edges, check_row, close_ups, motors_panel
 
 Row = dict[str, Any]
-
-NEAR_ANGSTROM = 200.0
-"""A picture of a slice marks the motors whose centre lies this near along z."""
 
 WRITERS = 16
 """Files that are written at a time."""
@@ -103,12 +97,6 @@ def export_run(detections: str, to: Format, out: str, settings: EvaluateSettings
     }
 
 
-def box_edges(slice_shape: tuple[int, int], spacing: float | None, settings: RunSettings) -> tuple[float, float]:
-    """Height and width, in slice voxels, of the boxes that the network was taught on such a slice."""
-    height, width = settings.targets.box_pixels / frames_of(slice_shape, spacing, settings.frame)[0].scale
-    return float(height), float(width)
-
-
 def draw_dataset_check(manifest: pa.Table, labels: Labels, settings: RunSettings, out: str) -> Row:
     """Draw what the network is shown: a tomogram without motor, one with, and one with noise and blur.
 
@@ -126,25 +114,8 @@ def draw_dataset_check(manifest: pa.Table, labels: Labels, settings: RunSettings
     gentle = settings.augment.model_copy(update={"poisson_probability": 0.0, "blur_sigma_max": 0.0})
     harsh = settings.augment.model_copy(update={"poisson_probability": 1.0})
     rows = [("no motor", empty[0], gentle), ("motor", shown[0], gentle), ("motor, noise and blur", shown[-1], harsh)]
-    dataset_check(out, [_check_row(title, row, labels, settings, changes) for title, row, changes in rows])
+    dataset_check(out, [check_row(title, row, labels, settings, changes) for title, row, changes in rows])
     return {"figure": out, "tomograms": [row["tomo_id"] for _, row, _ in rows]}
-
-
-def _check_row(title: str, row: Row, labels: Labels, settings: RunSettings, changes: AugmentSettings) -> CheckRow:
-    """One line of the dataset check: the middle slice, or that of the tomogram's first motor, and its frame there."""
-    motors, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
-    z = min(round(motors[0, 0]), row["size_z"] - 1) if len(motors) else row["size_z"] // 2
-    image = read_slice(row, z, settings.archive)
-    reach, edge = settings.targets.reach_angstrom / spacing, settings.targets.box_pixels
-    placement = frames_of(image.shape, spacing, settings.frame)
-    boxes = [boxes_on_frame(motors, z, reach, frame, edge) for frame in placement]
-    tile = int(np.argmax([len(some) for some in boxes]))
-    pixels = make_frames(image, placement, settings.preprocess)[tile]
-    rng = sample_generator(settings.train.seed, 0, row["tomo_id"])
-    augmented, moved = augment(pixels[None], boxes[tile], rng, changes)
-    heatmap = draw_targets(moved, settings.frame.size, settings.targets).heatmap[0].numpy()
-    on_slice = placement[tile].boxes_to_slice(boxes[tile])
-    return CheckRow(title, to_uint8(image, settings.preprocess), augmented[0], heatmap, on_slice, moved)
 
 
 def draw_motors(manifest: pa.Table, labels: Labels, detections: str, tomo_ids: Sequence[str], out: str) -> None:
@@ -155,22 +126,29 @@ def draw_motors(manifest: pa.Table, labels: Labels, detections: str, tomo_ids: S
     panels = []
     for name in tomo_ids:
         own = found.loc[found["tomo_id"] == name, ["z", "y", "x", "score"]].to_numpy(np.float64)
-        panels.append(_motors_panel(rows[name], labels, own, settings))
+        panels.append(motors_panel(rows[name], labels, own, settings))
     motors_figure(out, panels)
 
 
-def _motors_panel(row: Row, labels: Labels, found: NDArray[np.float64], settings: RunSettings) -> MotorsPanel:
-    """The slice through the first true motor, else the best found one, else the middle; motors near it are marked."""
-    true, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
-    seen = true if len(true) else found
-    z = min(round(seen[0, 0]), row["size_z"] - 1) if len(seen) else row["size_z"] // 2
-    image = to_uint8(read_slice(row, z, settings.archive), settings.preprocess)
-    near_true, near_found = (some[np.abs(some[:, 0] - z) * spacing <= NEAR_ANGSTROM, 1:] for some in (true, found))
-    edge = box_edges((row["size_y"], row["size_x"]), spacing, settings)[0]
-    return MotorsPanel(f"{row['tomo_id']}, z = {z}", image, near_true, near_found, edge, spacing)
+def draw_validation(
+    manifest: pa.Table, labels: Labels, detections: str, out: str, settings: EvaluateSettings, most: int = 6
+) -> dict[str, int]:
+    """Draw what the run under `detections` found, missed and wrongly found, at most so many of each.
 
+    Those with the best scores are drawn, and of missed motors the first; how they are told apart is as in
+    `evaluate_run`. Slices that cannot be read are passed over. `manifest` may hold more tomograms than were looked at.
 
-def read_slice(row: Row, z: int, settings: ArchiveSettings) -> NDArray[Any]:
-    """Slice `z` of a tomogram, which is a row of the MANIFEST, as stored."""
-    shape = (row["size_z"], row["size_y"], row["size_x"])
-    return open_tomogram(row["uri"], row["format"], shape, settings).read_slice(z)
+    Returns how many there are in all: ``{"found": ..., "missed": ..., "false": ...}``. Raises RunError if there is no
+    finished run, MetricError if a tomogram has no voxel spacing.
+    """
+    run = run_settings(detections)
+    looked_at = set(read_table(join(detections, "tomograms.parquet"))["tomo_id"].to_pylist())
+    rows = {row["tomo_id"]: row for row in manifest.to_pylist() if row["tomo_id"] in looked_at}
+    motors = read_table(join(detections, "motors.parquet")).to_pandas()
+    tomograms = labels.tomograms[labels.tomograms["tomo_id"].isin(rows.keys())]
+    came = outcomes(motors, labels.motors, tomograms, settings.threshold, settings.radius_angstrom)
+    marked = motors[motors["score"] >= settings.threshold]
+    found, missed, false = (list(itertools.islice(close_ups(group, rows, labels, marked, run), most)) for group in came)
+    counts = {name: len(group) for name, group in came._asdict().items()}
+    validation_page(out, found, missed, false, counts)
+    return counts

@@ -16,8 +16,10 @@ ALLOWED = {
     "slices": BASE,
     "detector": BASE | {"slices"},
     "motors": BASE,
-    "distributed": BASE | {"archive", "slices", "detector", "motors", "progress"},
-    "results": BASE | {"archive", "slices", "motors"},
+    "distributed": BASE | {"archive", "slices", "detector", "motors", "results", "tracking", "progress"},
+    "results": BASE | {"archive", "slices", "motors", "views"},
+    "views": BASE | {"archive", "slices", "motors"},
+    "tracking": BASE,
     "progress": set(),
     "config": {"errors"},
     "storage": {"config", "errors", "retry", "sources", "s3", "buckets"},
@@ -69,7 +71,8 @@ def test_only_distributed_imports_ray(module):
 
 
 def test_stages_samples_and_learner_run_without_ray():
-    modules = ", ".join(f"motor_ray.distributed.{name}" for name in ("loading", "scoring", "samples", "learner"))
+    names = ("loading", "scoring", "samples", "frame_store", "learner")
+    modules = ", ".join(f"motor_ray.distributed.{name}" for name in names)
     code = f"import sys; import {modules}; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -13,7 +13,8 @@ from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError
 from motor_ray.storage import join, read_table, write_json, write_table
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS
-from motor_ray.verbs import all_settings
+from motor_ray.verbs.flags import all_settings
+from motor_ray.verbs.training import workers_from
 
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
 
@@ -39,6 +40,17 @@ def test_flags_win_over_the_yaml_file_which_wins_over_the_defaults(tmp_path):
 
 def test_without_flags_the_settings_are_the_recipe():
     assert all_settings(parse(TRAIN)) == RunSettings()
+
+
+@pytest.mark.parametrize(("text", "workers"), [("4", (4, 4)), ("2:8", (2, 8)), ("3:3", (3, 3))])
+def test_workers_are_a_number_or_a_range(text, workers):
+    assert workers_from(text) == workers
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "8:2", "0:2", "2:", ":2", "2:4:8", "two", ""])
+def test_workers_that_are_neither_are_refused_with_examples(text):
+    with pytest.raises(ConfigError, match=f"--workers {text}: expected a number such as 4, or .* such as 2:8"):
+        workers_from(text)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -155,19 +167,23 @@ def test_the_demo_deletes_only_what_a_demo_made(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "complaint"),
+    ("verb", "flag", "value", "complaint"),
     [
-        ("--workers", "0", "--workers 0: expected 1 or more"),
-        ("--name", "", "expected letters"),
-        ("--name", "a/b", "expected letters"),
+        ("train", "--workers", "0", "--workers 0: expected a number such as 4"),
+        ("train", "--name", "", "expected letters"),
+        ("train", "--name", "a/b", "expected letters"),
+        ("ablate", "--name", "a/b", "expected letters"),
+        ("ablate", "--seeds", "0", "--seeds 0: expected 1 or more"),
+        ("tune", "--workers", "2:1", "--workers 2:1: expected a number such as 4"),
+        ("tune", "--trials", "1", "--trials 1: expected 2 or more"),
     ],
 )
 def test_a_run_that_cannot_be_named_or_staffed_is_refused_before_anything_is_written(
-    archive, tmp_path, capsys, flag, value, complaint
+    archive, tmp_path, capsys, verb, flag, value, complaint
 ):
     labels, runs = str(archive / "train_labels.csv"), tmp_path / "runs"
     options = {"--archive": str(archive), "--labels": labels, "--storage": str(runs), "--name": "a", flag: value}
-    assert main(["train", *(word for pair in options.items() for word in pair)]) == 2
+    assert main([verb, *(word for pair in options.items() for word in pair)]) == 2
     assert complaint in capsys.readouterr().err
     assert not runs.exists()
 

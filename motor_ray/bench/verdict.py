@@ -1,11 +1,14 @@
-"""What is asked of detection, and whether what was measured meets it."""
+"""Whether what was measured meets what is asked, of detection where nothing else is said."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from motor_ray.bench.memory import Peaks
 
-WANTED = {
+Wanted = Mapping[str, tuple[str, float, str]]
+"""Of each figure: the relation and the limit that are asked, and what it is."""
+
+WANTED: Wanted = {
     "device_share": (">=", 0.98, "slices/s in steady state, of what a device of 10 ms a slice can take"),
     "first_result_seconds": ("<=", 8.0, "from the start of the process, Python's and Ray's own included, to a score"),
     "slices_per_second": (">=", 230.0, "in steady state with a device that takes no time, the S3 server on its cores"),
@@ -15,21 +18,21 @@ WANTED = {
     "time_per_slice_growth": ("<=", 0.05, "in steady state with ten times the tomograms"),
     "model_share": (">=", 0.90, "slices/s of the real model in steady state, of those on frames in memory"),
 }
-"""What is asked of each figure, and what it is; growth is a share of the smaller archive's."""
+"""What is asked of detection; growth is a share of the smaller archive's."""
 
 JUDGED = ("driver", "LoadSlab", "StandIn")
 """Processes whose memory must not grow with the archive."""
 
 
-def judge(figures: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def judge(figures: Mapping[str, float], wanted: Wanted = WANTED) -> dict[str, dict[str, Any]]:
     """Each figure, what is wanted of it, whether it is so, and what it says."""
     judged = {}
-    for name, (relation, limit, meaning) in WANTED.items():
+    for name, (relation, limit, meaning) in wanted.items():
         if name in figures:
             figure = figures[name]
             is_met = figure >= limit if relation == ">=" else figure <= limit
-            wanted = f"{relation} {limit:g}"
-            judged[name] = {"figure": round(figure, 4), "wanted": wanted, "ok": is_met, "meaning": meaning}
+            asked = f"{relation} {limit:g}"
+            judged[name] = {"figure": round(figure, 4), "wanted": asked, "ok": is_met, "meaning": meaning}
     return judged
 
 

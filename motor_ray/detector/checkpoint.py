@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 import motor_ray
 from motor_ray import storage
 from motor_ray.config import RunSettings
-from motor_ray.detector.description import DESCRIPTION, FORMAT_VERSION, TENSORS, read_checkpoint
+from motor_ray.detector.description import DESCRIPTION, FORMAT_VERSION, SUFFIX, TENSORS, read_checkpoint
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.detector.pretrained import load_tensors, parse_tensors
 from motor_ray.errors import StorageError
@@ -32,8 +32,9 @@ OURS = {TENSORS, DESCRIPTION, "training_state.pt"}
 def save_checkpoint(uri: str | Path, model: Detector, settings: RunSettings, metrics: Mapping[str, Any]) -> str:
     """Write `model` to the directory `uri`, replacing what is there; returns the hash of its tensors.
 
-    A crash on the way leaves a local directory as it was. In an object store the description goes last, so that
-    a checkpoint is complete when it can be read. Raises StorageError.
+    A crash on the way leaves what was there before: a local directory is swapped; in an object store, which cannot,
+    tensors go under a name of their own, then the description that names them, and the old tensors last. Raises
+    StorageError.
     """
     uri = str(uri)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -50,7 +51,7 @@ def save_checkpoint(uri: str | Path, model: Detector, settings: RunSettings, met
     if isinstance(files, LocalFileSystem):
         _replace_directory(Path(path), data, description)
     else:
-        _write(uri, data, description)
+        _replace_objects(uri, data, description)
     return str(description["sha256"])
 
 
@@ -73,9 +74,17 @@ def load_weights(uri: str | Path, model: Detector) -> None:
     load_tensors(model, parse_tensors(read_checkpoint(str(uri))[1], source), source)
 
 
-def _write(uri: str, data: bytes, description: dict[str, Any]) -> None:
-    storage.write_bytes(storage.join(uri, TENSORS), data)
-    storage.write_json(storage.join(uri, DESCRIPTION), description)
+def _write(uri: str, data: bytes, description: dict[str, Any], tensors: str = TENSORS) -> None:
+    storage.write_bytes(storage.join(uri, tensors), data)
+    storage.write_json(storage.join(uri, DESCRIPTION), description | {"tensors": tensors})
+
+
+def _replace_objects(uri: str, data: bytes, description: dict[str, Any]) -> None:
+    old = {name for name in storage.list_names(uri) if name.endswith(SUFFIX)}
+    tensors = f"model-{description['sha256'][:12]}{SUFFIX}"
+    _write(uri, data, description, tensors)
+    for name in old - {tensors}:
+        storage.remove(storage.join(uri, name))
 
 
 def _replace_directory(target: Path, data: bytes, description: dict[str, Any]) -> None:
@@ -99,7 +108,9 @@ def _replace_directory(target: Path, data: bytes, description: dict[str, Any]) -
 def _check_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target}: is a file, expected a directory to write a checkpoint to; give another name")
-    if target.exists() and (foreign := sorted({file.name for file in target.iterdir()} - OURS)):
+    there = {file.name for file in target.iterdir()} if target.exists() else set()
+    # A checkpoint that was copied from an object store names its tensors after their hash.
+    if foreign := sorted(name for name in there - OURS if not (name.startswith("model-") and name.endswith(SUFFIX))):
         raise StorageError(
             f"{target}: holds {foreign[0]}, which is not of a checkpoint and would be lost; give a new directory"
         )

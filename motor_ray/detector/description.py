@@ -1,6 +1,7 @@
 """What a checkpoint says of itself. Needs no torch, so that whoever only asks for it need not wait for that."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from motor_ray.config import RunSettings, settings_from
 from motor_ray.errors import CheckpointError, OutageError, StorageError
 
 FORMAT_VERSION = 1
-TENSORS = "model.safetensors"
+SUFFIX = ".safetensors"
+TENSORS = f"model{SUFFIX}"
 DESCRIPTION = "model.json"
 
 
@@ -42,7 +44,7 @@ def read_checkpoint(uri: str | Path) -> tuple[Description, bytes]:
     try:
         description = storage.read_json(storage.join(uri, DESCRIPTION))
         _check_description(uri, description)
-        data = storage.read_bytes(storage.join(uri, TENSORS))
+        data = storage.read_bytes(storage.join(uri, description["tensors"]))
     except OutageError:
         raise
     except StorageError as error:
@@ -72,6 +74,9 @@ def _check_description(uri: str, description: Any) -> None:
             f"{where}: has format version {version!r} (written by motor_ray {wrote}), this motor_ray "
             f"{motor_ray.__version__} reads version {FORMAT_VERSION}; use the motor_ray that wrote it, or train anew"
         )
-    expected = {"sha256": str, "settings": dict, "metrics": dict}
-    if wrong := [name for name, kind in expected.items() if not isinstance(description.get(name), kind)]:
+    expected = {"sha256": str, "settings": dict, "metrics": dict, "tensors": str}
+    wrong = [name for name, kind in expected.items() if not isinstance(description.get(name), kind)]
+    if not wrong and not re.fullmatch(r"[\w-]+\.safetensors", description["tensors"]):
+        wrong = ["tensors"]  # which is the name of a file beside it, and nothing else
+    if wrong:
         raise CheckpointError(f"{where}: {', '.join(wrong)} missing or malformed; copy the checkpoint again")

@@ -19,7 +19,7 @@ class Targets(Protocol):
 
     @property
     def heatmap(self) -> torch.Tensor:
-        """Gaussians `(b, 1, h, w)`, exactly 1 in the cell of a centre."""
+        """Gaussians `(b, 1, h, w)` in [0, 1], highest in the cell of a centre: 1, or less for one that has faded."""
 
     @property
     def size(self) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Targets(Protocol):
 
     @property
     def presence(self) -> torch.Tensor:
-        """1 for a frame that shows a motor, `(b,)`, else 0."""
+        """How plainly a frame shows a motor, `(b,)` from 0 to 1."""
 
 
 def detection_loss(prediction: Prediction, targets: Targets, settings: LossSettings) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def detection_loss(prediction: Prediction, targets: Targets, settings: LossSetti
         size, true_size = _at(sizes, at_centre), _at(targets.size.to(sizes), at_centre)
         offset, true_offset = _at(offsets, at_centre), _at(targets.offset.to(offsets), at_centre)
         parts = {
-            "heatmap": heatmap_loss(logits, targets.heatmap.to(logits)),
+            "heatmap": heatmap_loss(logits, targets.heatmap.to(logits), targets.mask.to(logits)),
             "offset": _mean_or_zero((offset - true_offset).abs()),
             "size": _mean_or_zero((size - true_size).abs()),
             "giou": box_loss(size, offset, true_size, true_offset),
@@ -59,27 +59,30 @@ def detection_loss(prediction: Prediction, targets: Targets, settings: LossSetti
 
 
 def centre_focal_loss(
-    logits: torch.Tensor, target: torch.Tensor, *, alpha: float = 2.0, beta: float = 4.0
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, *, alpha: float = 2.0, beta: float = 4.0
 ) -> torch.Tensor:
     """Penalty-reduced focal loss for centre heatmaps (Zhou et al. 2019, "Objects as Points").
 
-    `logits` and `target` have one shape; `target` is in [0, 1] and exactly 1 at centres.
-    Returns the sum over cells per centre, or the sum where there is no centre.
+    `logits`, `target` and `mask` have one shape; `target` is in [0, 1] and `mask` 1 at centres, else 0. A centre
+    whose target is below 1 counts as that share of a hit, and as no centre for the rest.
+    Returns the sum over cells per centre, centres counted by their targets, or the sum where those come to less than 1.
     """
-    if logits.shape != target.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} differ in shape")
-    probability = logits.sigmoid()
-    at_centre = target == 1
+    if not logits.shape == target.shape == mask.shape:
+        shapes = [tuple(tensor.shape) for tensor in (logits, target, mask)]
+        raise ValueError("logits {}, target {} and mask {} differ in shape".format(*shapes))
+    probability, share = logits.sigmoid(), mask * target
     # logsigmoid rather than log(sigmoid): finite at any logit, so nothing has to be clamped
     hit = -F.logsigmoid(logits) * (1 - probability) ** alpha
     miss = -F.logsigmoid(-logits) * probability**alpha * (1 - target) ** beta
-    return torch.where(at_centre, hit, miss).sum() / at_centre.sum().clamp(min=1)
+    # A full centre can't be a miss, even where `beta` is 0 and would make it one.
+    missed = torch.where(share == 1, 0, miss)
+    return (share * hit + missed).sum() / share.sum().clamp(min=1)
 
 
-def centre_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def centre_cross_entropy(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Plain binary cross-entropy with the soft `target`; summed and divided like the focal loss."""
     total = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-    return total / (target == 1).sum().clamp(min=1)
+    return total / (mask * target).sum().clamp(min=1)
 
 
 def box_loss(

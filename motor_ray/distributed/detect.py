@@ -229,7 +229,7 @@ class Tally:
                 self.unseen[slab["tomo_id"]] += 0 if is_done else slices
         self.tomograms, self.finished = len(self.unseen), sum(not left for left in self.unseen.values())
         self.retries_before = retries()
-        self.news = News(0, "", {}, {}, 0.0, None)
+        self.news = News(0, "", None, {}, {}, 0.0, None)
 
     @property
     def left(self) -> int:

@@ -26,6 +26,8 @@ class News(NamedTuple):
 
     done: int
     text: str
+    reason: str | None
+    """Why those who work gave up, if they did."""
 
     counts: dict[str, int]
     """What has been counted, by name."""
@@ -72,6 +74,10 @@ class Board:
         """Set how much is done, and the text; does not wait."""
         self._actor.show.remote(done, text)
 
+    def give_up(self, reason: str) -> None:
+        """Note why the work cannot go on; waits until it is noted."""
+        ray.get(self._actor.give_up.remote(reason))
+
     def read(self) -> News:
         """What stands there."""
         news: News = ray.get(self._actor.read.remote())
@@ -81,6 +87,7 @@ class Board:
 class _Board:
     def __init__(self) -> None:
         self.done, self.text, self.seconds = 0, "", 0.0
+        self.reason: str | None = None
         self.counts: Counter[str] = Counter()
         self.ticks: Counter[str] = Counter()
         self.first: tuple[int, float, float] | None = None
@@ -99,9 +106,12 @@ class _Board:
     def show(self, done: int, text: str) -> None:
         self.done, self.text = done, text
 
+    def give_up(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
     def read(self) -> News:
         ticks, self.ticks = self.ticks, Counter()
-        return News(self.done, self.text, dict(self.counts), dict(ticks), self.seconds, self._steady())
+        return News(self.done, self.text, self.reason, dict(self.counts), dict(ticks), self.seconds, self._steady())
 
     def _steady(self) -> Steady | None:
         if self.first is None or self.last <= self.first[2]:
@@ -131,7 +141,7 @@ def watched(
             show(done, text)
             waited += POLL_SECONDS
             if waited >= LOG_SECONDS and not console.is_terminal:
-                console.print(f"{title}: {done} of {total} {unit} {text}", highlight=False)
+                console.print(f"{title}: {done} of {total} {unit} {text}", highlight=False, soft_wrap=True)
                 waited = 0.0
         with contextlib.suppress(ray.exceptions.RayError):  # the job's own failure is told elsewhere
             show(*describe(board.read()))

@@ -1,14 +1,15 @@
 """Which slices a detector learns from, and what it is shown of them; nothing here imports ray.
 
-labels -> PLAN rows of single slices -> LoadSlab -> FrameStore on the worker's disk -> augmented batches
+labels -> PLAN rows of single slices -> LoadSlab -> FrameStore -> Samples -> augmented batches
+
+Which sample comes when depends on the seed, the epoch and the samples alone, not on how many workers share them.
 """
 
-import math
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.plan import slab_of
 from motor_ray.config import RunSettings
-from motor_ray.errors import LabelsError
+from motor_ray.errors import LabelsError, RunError
 from motor_ray.slices.augment import augment, sample_generator
-from motor_ray.slices.frame import frames_of
+from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.targets import Targets, boxes_on_frame, draw_targets
 from motor_ray.tables import PLAN
 
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
     """``(in_slices, size, size)``"""
 
     boxes: NDArray[np.float64]
-    """``(n, 4)`` centre y, x, height, width."""
+    """``(n, 5)`` centre y, x, height, width, and the peak of the target there."""
 
 
 class Batch(NamedTuple):
@@ -73,17 +74,26 @@ def with_labelled_spacing(manifest: pa.Table, labels: Labels) -> pa.Table:
 def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings) -> pa.Table:
     """A PLAN of single slices to learn from: slices near motors, and slices without one in the asked ratio.
 
+    Where there are too few slices of tomograms without motor, or too few far from one, the others make up for them.
     The same manifest, labels and settings give the same slices in the same order.
     """
-    shown, empty = [], []
+    shown: list[dict[str, Any]] = []
+    far: list[dict[str, Any]] = []
+    empty: list[dict[str, Any]] = []
     for tomogram in manifest.to_pylist():
-        with_motor, without = _slices_of(tomogram, labels.motors_of(tomogram["tomo_id"]), settings)
+        motors = labels.motors_of(tomogram["tomo_id"])
+        with_motor, without = _slices_of(tomogram, motors, settings)
         shown += [slab_of(tomogram, [z]) for z in with_motor]
-        empty += [slab_of(tomogram, [z]) for z in without]
-    wanted = min(len(empty), round(len(shown) * settings.train.negatives_per_positive))
+        (far if len(motors) else empty).extend(slab_of(tomogram, [z]) for z in without)
+    wanted = min(len(far) + len(empty), round(len(shown) * settings.train.negatives_per_positive))
+    of_empty = min(len(empty), max(round(wanted * settings.train.empty_share), wanted - len(far)))
     rng = np.random.default_rng(settings.train.seed)
-    chosen = sorted(rng.choice(len(empty), wanted, replace=False)) if wanted else []
-    return pa.Table.from_pylist(shown + [empty[place] for place in chosen], schema=PLAN)
+    chosen = [*_some(empty, of_empty, rng), *_some(far, wanted - of_empty, rng)]
+    return pa.Table.from_pylist(shown + chosen, schema=PLAN)
+
+
+def _some(rows: list[dict[str, Any]], number: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [rows[place] for place in sorted(rng.choice(len(rows), number, replace=False))] if number else []
 
 
 def _slices_of(
@@ -100,95 +110,138 @@ def _slices_of(
     return sorted(shown), np.flatnonzero((distances > CLEARANCE_ANGSTROM).all(axis=1)).tolist()
 
 
-def pad_to_multiple(plan: pa.Table, number: int) -> pa.Table:
-    """`plan` with its first rows once more until `number` divides it: Ray drops the tail of an uneven split."""
-    missing = math.ceil(len(plan) / number) * number - len(plan)
-    return pa.concat_tables([plan, *[plan] * (missing // max(len(plan), 1)), plan.slice(0, missing % len(plan))])
+class Frames(Protocol):
+    """Where decoded frames are kept."""
+
+    def frame(self, slice_id: str) -> NDArray[np.uint8] | None:
+        """``(in_slices, size, size)`` of one frame of a slice; None if the slice could not be read."""
 
 
-class FrameStore:
-    """Samples of a worker, in the order of their ids; decoded once, and kept in a file on its disk until closed.
+class _Place(NamedTuple):
+    """One frame of a slice."""
 
-    A frame of 720 x 720 is half a megabyte, so a day's training set fits a disk but not a memory.
+    slice_id: str
+    tomo_id: str
+    z: int
+    spacing: float
+    frame: Frame
+
+
+class Samples(Sequence["Sample | None"]):
+    """All samples of a plan of single slices, in the order of their ids; None stands for one that cannot be read.
+
+    They count and come in the same order whether they can be read or not, so that all workers agree about them.
     """
 
-    def __init__(self, tables: Iterable[pa.Table], labels: Labels, settings: RunSettings) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="motor-ray-frames-")
-        self.ids: list[str] = []
-        self.unread: list[dict[str, Any]] = []
-        self._boxes: list[NDArray[np.float64]] = []
-        file = Path(self.folder.name) / "frames"
-        with file.open("wb") as frames:
-            for table in tables:
-                for row in table.to_pylist():
-                    self._take(row, frames, labels, settings)
-        shape = (len(self.ids), settings.model.in_slices, settings.frame.size, settings.frame.size)
-        self._frames = np.memmap(file, np.uint8, "r", shape=shape) if self.ids else np.empty(shape, np.uint8)
-
-        # Ray hands rows out in any order; sorted, the same seed makes the same batches.
-        self.order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
+    def __init__(self, plan: pa.Table, labels: Labels, settings: RunSettings, frames: Frames) -> None:
+        self._labels, self._targets, self._frames = labels, settings.targets, frames
+        self._places = sorted(_places_of(plan, settings))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._places)
 
-    def __getitem__(self, place: int) -> Sample:
-        there = self.order[place]
-        return Sample(self.ids[there], np.asarray(self._frames[there]), self._boxes[there])
+    def __getitem__(self, number: Any) -> Sample | None:  # type: ignore[override]  # slices of it are not needed
+        slice_id, tomo_id, z, spacing, frame = self._places[number]
+        pixels = self._frames.frame(slice_id)
+        if pixels is None:
+            return None
+        targets, fade = self._targets, self._targets.fade_angstrom
+        boxes = boxes_on_frame(
+            self._labels.motors_of(tomo_id),
+            z,
+            targets.reach_angstrom / spacing,
+            frame,
+            targets.box_pixels,
+            fade / spacing if fade else None,
+        )
+        return Sample(slice_id, pixels, boxes)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def frame_id(slab_id: str, tile: int) -> str:
+    """The name of one of the frames of a slice."""
+    return f"{slab_id}/{tile}"
 
-    def close(self) -> None:
-        """Give the disk space back."""
-        del self._frames
-        self.folder.cleanup()
 
-    def _take(self, row: dict[str, Any], file: Any, labels: Labels, settings: RunSettings) -> None:
-        [entry] = row["loaded"]
-        if entry["status"] != "ok":
-            self.unread.append(
-                {name: row[name] for name in ("tomo_id", "uri")} | {name: entry[name] for name in ("z", "error")}
-            )
-            return
-        size, in_slices = settings.frame.size, settings.model.in_slices
+def _places_of(plan: pa.Table, settings: RunSettings) -> Iterator[_Place]:
+    for row in plan.to_pylist():
         spacing = row["voxel_spacing_angstrom"]
-        placement = frames_of((row["size_y"], row["size_x"]), spacing, settings.frame)
-        pixels = np.frombuffer(row["frames"], np.uint8).reshape(-1, len(placement), size, size)
-        images = pixels[np.reshape(row["channels"], in_slices)]  # (in_slices, tiles, y, x)
-        motors, targets = labels.motors_of(row["tomo_id"]), settings.targets
-        for tile, frame in enumerate(placement):
-            file.write(np.ascontiguousarray(images[:, tile]).tobytes())
-            self.ids.append(f"{row['slab_id']}/{tile}")
-            reach = targets.reach_angstrom / spacing
-            self._boxes.append(boxes_on_frame(motors, entry["z"], reach, frame, targets.box_pixels))
+        for tile, frame in enumerate(frames_of((row["size_y"], row["size_x"]), spacing, settings.frame)):
+            yield _Place(frame_id(row["slab_id"], tile), row["tomo_id"], row["zs"][0], spacing, frame)
+
+
+class Deal(NamedTuple):
+    """A worker's part of one step of the optimizer."""
+
+    batches: list[list[int]]
+    """The places of its samples, batch by batch; all workers have batches of the same lengths."""
+
+    position: int
+    """How many samples of the epoch all workers have seen after it."""
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
+    """All places, shuffled: the same for every worker."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(samples).tolist()
+    return order
+
+
+def deals(order: Sequence[int], position: int, rank: int, workers: int, batch: int, accumulate: int) -> Iterator[Deal]:
+    """What worker `rank` does of an epoch from `position` on: each step's samples are dealt to the workers in turn.
+
+    With the last step every sample of the epoch has been seen; a few are seen twice where workers would else have
+    different numbers.
+    """
+    together = workers * batch * accumulate
+    for start in range(position, len(order), together):
+        chunk = list(order[start : start + together])
+        missing = -len(chunk) % workers
+        chunk += list(itertools.islice(itertools.cycle(order), missing))
+        own = chunk[rank::workers]
+        groups = [own[first : first + batch] for first in range(0, len(own), batch)]
+        yield Deal(groups, min(start + together, len(order)))
 
 
 def batches(
-    store: Sequence[Sample] | FrameStore, order: Sequence[int], settings: RunSettings, epoch: int | None
-) -> Iterator[Batch]:
-    """Batches of `store` in the given order, one ahead in a thread; augmented for an `epoch`, plain for None."""
-    step = settings.train.batch_size
-    groups = [order[start : start + step] for start in range(0, len(order), step)]
-    with ThreadPoolExecutor(1, "batches") as ahead:
-        coming = None
-        for group in groups:
-            ready, coming = coming, ahead.submit(_make_batch, store, group, settings, epoch)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
+    samples: Sequence[Sample | None],
+    groups: Iterable[Sequence[int]],
+    settings: RunSettings,
+    epoch: int | None,
+    threads: int = 1,
+) -> Generator[Batch, None, None]:
+    """A batch of `samples` for each group of places, some ahead in threads; augmented for an `epoch`, plain for None.
+
+    A sample that cannot be read is replaced by the next that can. Raises RunError if there is none.
+    """
+    with ThreadPoolExecutor(threads, "batches") as pool:
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            for group in groups:
+                ahead.append(pool.submit(_make_batch, samples, group, settings, epoch))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for one in ahead:
+                one.cancel()
 
 
 def _make_batch(
-    store: Sequence[Sample] | FrameStore, places: Sequence[int], settings: RunSettings, epoch: int | None
+    samples: Sequence[Sample | None], places: Sequence[int], settings: RunSettings, epoch: int | None
 ) -> Batch:
-    samples = [prepare_sample(store[place], settings, epoch) for place in places]
-    drawn = [draw_targets(sample.boxes, settings.frame.size, settings.targets) for sample in samples]
-    images = torch.from_numpy(np.stack([sample.frame for sample in samples]))
-    return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [sample.slice_id for sample in samples])
+    shown = [prepare_sample(readable(samples, place), settings, epoch) for place in places]
+    drawn = [draw_targets(sample.boxes, settings.frame.size, settings.targets) for sample in shown]
+    images = torch.from_numpy(np.stack([sample.frame for sample in shown]))
+    return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [sample.slice_id for sample in shown])
+
+
+def readable(samples: Sequence[Sample | None], place: int) -> Sample:
+    """The sample at `place`, or the next that can be read. Raises RunError if none can."""
+    for step in range(len(samples)):
+        sample = samples[(place + step) % len(samples)]
+        if sample is not None:
+            return sample
+    raise RunError(f"none of {len(samples)} slices can be read")
 
 
 def prepare_sample(sample: Sample, settings: RunSettings, epoch: int | None) -> Sample:

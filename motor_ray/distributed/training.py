@@ -1,42 +1,54 @@
 """Training on 1..N workers: labelled slices in, a checkpoint out.
 
-    sample plan -> Ray Data: LoadSlab -> FrameStore of each worker -> DistributedDataParallel -> report
+    labels -> plan of slices -> LoadSlab -> frames on the nodes' disks -> DistributedDataParallel -> report -> detect
 
-Under ``storage/name`` appear start/, best/ and last/ (checkpoints), metrics.jsonl (a line per epoch), run.json,
-failures.parquet and the plans, beside what Ray Train keeps to resume.
+Under ``storage/name`` appear start/, best/ and last/ (checkpoints), snapshots/ after cycles, metrics.jsonl (a line per
+validation), curve.png, validation.png, validation/ (whole tomograms), run.json, failures.parquet, what was trained on,
+and what Ray Train keeps to go on with.
 """
 
 import json
+import logging
+import os
 import re
 import time
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.train
-import ray.train.torch
 import torch
-import torch.distributed
-from ray.data import ActorPoolStrategy, Dataset
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
-from motor_ray.archive.labels import Labels, split_tomograms
-from motor_ray.config import HEATMAP_STRIDE, RunSettings, settings_hash
-from motor_ray.detector.checkpoint import save_checkpoint
+# What ray.train exports, unless it is told to be as it was; type checkers see only how it was.
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.validation_config import ValidationConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from motor_ray.archive.labels import Labels, Part, read_labels, split_tomograms, write_labels
+from motor_ray.config import HEATMAP_STRIDE, RunSettings, settings_differences
+from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
 from motor_ray.detector.model import Detector, build_model
-from motor_ray.distributed.cluster import connected, gpus, require_slots, root_cause
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.cluster import connected, gpus, root_cause
+from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import watched
-from motor_ray.distributed.samples import pad_to_multiple, sample_plan, with_labelled_spacing
-from motor_ray.distributed.worker import ROWS_AT_A_TIME, rank_of, train_worker
+from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
+from motor_ray.distributed.team import require_team, slots_for, worker_resources
+from motor_ray.distributed.training_loop import rank_of
+from motor_ray.distributed.validation import EPOCHS, look_at_tomograms, validate_checkpoint
+from motor_ray.distributed.worker import PARTS, train_worker
 from motor_ray.errors import LabelsError, RunError, UnfinishedError
+from motor_ray.motors.curves import training_curve
+from motor_ray.results import draw_validation
 from motor_ray.storage import (
     absolute,
     arrow_filesystem,
     exists,
     join,
+    list_names,
     read_bytes,
     read_json,
     read_table,
@@ -44,59 +56,101 @@ from motor_ray.storage import (
     write_table,
 )
 from motor_ray.tables import table_hash
+from motor_ray.tracking import check_trackers
+
+log = logging.getLogger(__name__)
+
+PATIENCE = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of 60: how long workers that cannot be placed are waited for
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+"""How soon Ray Train notices that workers are lost, and goes on with others."""
 
 
 def train(
-    manifest: pa.Table, labels: Labels, settings: RunSettings, storage: str, name: str, *, workers: int, resume: bool
+    manifest: pa.Table,
+    labels: Labels,
+    settings: RunSettings,
+    storage: str,
+    name: str,
+    *,
+    workers: tuple[int, int],
+    resume: bool,
+    frames: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> dict[str, Any]:
     """Train a detector on the labelled tomograms of `manifest`; returns what run.json says.
 
     80 % of the tomograms are trained on and 10 % validate; the last 10 % are left alone. A finished run is not resumed
-    but returned. Raises LabelsError if labels and archive do not fit, CheckpointError if the start weights cannot be
-    had, RunError if ``storage/name`` exists and `resume` is not asked for, or the other way round, or if the cluster
-    is too small, UnfinishedError if training fails.
+    but returned.
+
+    `workers` are the fewest and the most: with as many as there is room for in between training goes on. `frames` is
+    a name under which runs on the same slices share decoded frames, which are then not removed at the end; `callbacks`
+    are Ray Train's, told of every report.
+
+    Raises LabelsError if labels and archive do not fit, CheckpointError if the start weights cannot be had, RunError if
+    ``storage/name`` exists and `resume` is not asked for, or the other way round, or if the cluster is too small,
+    UnfinishedError if training fails.
     """
-    check_name(name, workers)
+    check_name(name)
+    check_trackers(settings.train)
     storage = absolute(storage)
     run_uri = join(storage, name)
     tomograms = count_tomograms(manifest, labels)
     manifest = with_labelled_spacing(manifest, labels)
-    split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.seed)
-    plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in ("train", "validation")}
+    split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.split_seed)
+    plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in PARTS}
     run: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
-        "settings_hash": settings_hash(settings),
         "tomograms": tomograms,
         "split": split,
         "slices": {part: len(plan) for part, plan in plans.items()},
         "samples_hash": table_hash(*plans.values(), pa.Table.from_pandas(labels.motors, preserve_index=False)),
+        "frames": frames or uuid.uuid4().hex[:12],
     }
-    if finished := check_run(run_uri, run, resume=resume):
-        return finished
+    there = run_at(run_uri, run, resume=resume)
+    if there.get("status") == "done":
+        log.info("%s: this run is finished already; nothing to do", run_uri)
+        return there
+    run["frames"] = there.get("frames", run["frames"])
     started = time.monotonic()
-    slots = slots_for(workers, settings)
-    with connected(slots):
-        require_slots(slots, f"{workers} workers of {settings.train.worker_cpus} CPUs, and reading,")
+    with connected(slots_for(workers[0], settings)):
+        require_team(workers, settings)
         if not resume:
-            # Made here, so that weights that cannot be had stop a run before it starts, and workers need no network.
-            save_checkpoint(join(run_uri, "start"), new_model(settings), settings, {})
-        write_json(join(run_uri, "run.json"), run | {"status": "running"})
-        for part, plan in plans.items():
-            write_table(plan, join(run_uri, f"plan_{part}.parquet"))
-        even = {part: pad_to_multiple(plan, workers) for part, plan in plans.items()}
-        fit(even, labels, settings, storage, name, workers)
-    epochs = read_metrics(run_uri)
-    best = max(epochs, key=rank_of)
+            begin(run_uri, run, manifest, labels, plans, settings)
+        fit(run, settings, storage, name, workers, callbacks)
+        validation = final_look(run_uri, settings)
+        if frames is None:
+            clear_frames(run["frames"], settings)
     result = run | {
         "status": "done",
         "seconds": round(time.monotonic() - started, 1),
-        "epochs": len(epochs),
-        "best": best,
-        "unread": len(read_table(join(run_uri, "failures.parquet"))),
-        "model": join(run_uri, "best"),
+        **what_came_out(run_uri),
+        "validation": validation,
     }
     write_json(join(run_uri, "run.json"), result)
     return result
+
+
+def begin(
+    run_uri: str,
+    run: dict[str, Any],
+    manifest: pa.Table,
+    labels: Labels,
+    plans: Mapping[Part, pa.Table],
+    settings: RunSettings,
+) -> None:
+    """Write what workers start from.
+
+    Made here, so that weights that cannot be had, or a storage that cannot be written, stop a run before it starts,
+    and workers need no network.
+    """
+    save_checkpoint(join(run_uri, "start"), new_model(settings), settings, {})
+    for part, plan in plans.items():
+        write_table(plan, join(run_uri, f"plan_{part}.parquet"))
+    write_table(manifest, join(run_uri, "manifest.parquet"))
+    write_labels(labels, join(run_uri, "labels.csv"))
+    write_json(join(run_uri, "run.json"), run | {"status": "running"})
 
 
 def count_tomograms(manifest: pa.Table, labels: Labels) -> dict[str, int]:
@@ -121,89 +175,118 @@ def plan_part(manifest: pa.Table, labels: Labels, settings: RunSettings, tomo_id
     return plan
 
 
-def check_name(name: str, workers: int) -> None:
-    """Raises RunError for a run that could not even be named or staffed."""
+def check_name(name: str) -> None:
+    """Raises RunError for a name that cannot be a folder's."""
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise RunError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as first-try")
-    if workers < 1:
-        raise RunError(f"--workers {workers}: expected 1 or more")
 
 
-def check_run(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
-    """The run.json at `run_uri` if it is finished and to be resumed. Raises RunError if `run` may not go there."""
+def run_at(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """The run.json at `run_uri`, empty if there is none. Raises RunError if `run` may not go there."""
     there = read_json(join(run_uri, "run.json")) if exists(join(run_uri, "run.json")) else None
     if there is None:
         if resume:
             raise RunError(f"{run_uri}: there is no run to resume; leave --resume away to start one")
-        return None
+        return {}
     if not resume:
         raise RunError(f"{run_uri}: a run of this name is there; give another --name, or --resume to go on with it")
-    changed = [key for key in ("settings_hash", "split", "samples_hash") if there.get(key) != run[key]]
-    if changed:
-        raise RunError(f"{run_uri}: was started with another {' and '.join(changed)}; resume with the same")
-    return there if there.get("status") == "done" else None
-
-
-def slots_for(workers: int, settings: RunSettings) -> int:
-    """CPU slots that training takes: the workers', the readers' of both datasets, and one for what comes and goes."""
-    return workers * settings.train.worker_cpus + 2 + 1
+    if changed := settings_differences(there["settings"], run["settings"]):
+        raise RunError(f"{run_uri}: was started with other settings: {'; '.join(changed)}; resume with the same")
+    if there["samples_hash"] != run["samples_hash"]:
+        raise RunError(f"{run_uri}: was started with other labels or tomograms; resume with the same")
+    return dict(there)
 
 
 def fit(
-    plans: dict[str, pa.Table], labels: Labels, settings: RunSettings, storage: str, name: str, workers: int
+    run: dict[str, Any],
+    settings: RunSettings,
+    storage: str,
+    name: str,
+    workers: tuple[int, int],
+    callbacks: Sequence[UserCallback],
 ) -> None:
-    """Run the workers until they are done. Raises UnfinishedError with a worker's own words if one fails."""
+    """Run the workers until they are done. Raises UnfinishedError with a worker's own words if they give up."""
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
     files, folder = arrow_filesystem(storage)
-    steps = -(-len(plans["train"]) // workers // settings.train.batch_size) * settings.train.epochs
-    with watched("training", steps, "steps") as board:
+    train, run_uri = settings.train, join(storage, name)
+    fewest, most = workers
+    with watched("training", run["slices"]["train"] * train.epochs, "slices") as board:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
-                "settings": settings.model_dump(mode="json"),
-                "labels": labels,
-                "run_uri": join(storage, name),
+                "name": name,
+                "run_uri": run_uri,
+                "settings": settings,
+                "frames": run["frames"],
                 "board": board,
             },
             torch_config=TorchConfig(backend=ddp_backend(torch.device("cuda" if gpus() else "cpu"))),
             scaling_config=ScalingConfig(
-                num_workers=workers,
+                num_workers=fewest if fewest == most else workers,
                 use_gpu=gpus() > 0,
-                resources_per_worker={"CPU": settings.train.worker_cpus} | ({"GPU": 1} if gpus() else {}),
+                resources_per_worker=worker_resources(settings),
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=folder,
                 storage_filesystem=files,
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(max_failures=train.max_failures),
+                callbacks=[*callbacks],
             ),
-            datasets={part: frames_of_plan(plan, settings) for part, plan in plans.items()},
+            validation_config=ValidationConfig(
+                validate_checkpoint,  # type: ignore[arg-type]  # its arguments come with each checkpoint
+                ray_remote_kwargs={"num_cpus": 0},
+            ),
         )
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise UnfinishedError(f"{join(storage, name)}: training stopped: {root_cause(error)}") from error
+            raise UnfinishedError(
+                f"{run_uri}: training stopped: {root_cause(error)}; --resume goes on from the last checkpoint"
+            ) from error
+        reason = board.read().reason
+    if reason:
+        raise UnfinishedError(f"{run_uri}: training stopped: {reason}")
 
 
-def frames_of_plan(plan: pa.Table, settings: RunSettings) -> Dataset:
-    """The FRAMES of a plan, lazily, through the same LoadSlab as detection."""
-    blocks = [plan.slice(start, ROWS_AT_A_TIME) for start in range(0, len(plan), ROWS_AT_A_TIME)]
-    return ray.data.from_arrow(blocks).map_batches(
-        LoadSlab,
-        fn_constructor_kwargs={"settings": settings},
-        batch_size=ROWS_AT_A_TIME,
-        batch_format="pyarrow",
-        num_cpus=0.5,
-        compute=ActorPoolStrategy(min_size=1, max_size=settings.detect.loaders or 2),
-    )
+def final_look(run_uri: str, settings: RunSettings) -> dict[str, Any] | None:
+    """Scores of the best model on whole validation tomograms, and a page of what it found there; None if not asked."""
+    if settings.train.tomograms == "no":
+        return None
+    found = join(run_uri, "validation", "best")
+    scores = look_at_tomograms(run_uri, join(run_uri, "best"), found)
+    manifest, labels = read_table(join(run_uri, "manifest.parquet")), read_labels(join(run_uri, "labels.csv"))
+    draw_validation(manifest, labels, found, join(run_uri, "validation.png"), settings.evaluate)
+    return scores
+
+
+def what_came_out(run_uri: str) -> dict[str, Any]:
+    """What a run's files say of it; draws its curve."""
+    lines = read_metrics(run_uri)
+    tomograms = [read_json(join(run_uri, EPOCHS, name)) for name in sorted(list_names(join(run_uri, EPOCHS)))]
+    training_curve(join(run_uri, "curve.png"), lines, tomograms)
+    return {
+        "epochs": lines[-1]["epoch"] + 1,
+        "best": max(lines, key=rank_of),
+        "unread": len(read_table(join(run_uri, "failures.parquet"))),
+        "model": join(run_uri, "best"),
+    }
 
 
 def new_model(settings: RunSettings) -> Detector:
-    """The untrained network of a run, the same for the same seed. Raises CheckpointError if weights are missing."""
+    """The network that a run starts with, the same for the same seed. Raises CheckpointError if weights are missing."""
     torch.manual_seed(settings.train.seed)
-    return build_model(settings.model, box_cells=settings.targets.box_pixels / HEATMAP_STRIDE)
+    start = settings.train.start_from
+    described = settings.model.model_copy(update={"pretrained": "none"}) if start else settings.model
+    model = build_model(described, box_cells=settings.targets.box_pixels / HEATMAP_STRIDE)
+    if start:
+        load_weights(start, model)
+    return model
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, one dict per epoch."""
+    """The lines of a run's metrics.jsonl, one dict per validation."""
     lines: list[dict[str, Any]] = [json.loads(line) for line in read_bytes(join(run_uri, "metrics.jsonl")).splitlines()]
     return lines

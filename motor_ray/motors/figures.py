@@ -1,34 +1,42 @@
 """What people look at: the check of the training data, and slices with found and true motors.
 
-Draws arrays; knows neither archives nor models. Uses matplotlib's objects, never pyplot, whose figures are global
-state that outlives a call.
+Draws arrays; knows neither archives nor models.
 """
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from motor_ray import storage
+from motor_ray.motors.picture import GREY, ORANGE, SKY, write_picture
 
-FOUND = "#E69F00"
-TRUE = "#56B4E9"
-"""Orange and sky blue of Okabe and Ito: told apart with any colour vision, and bright on grey."""
+FOUND = ORANGE
+TRUE = SKY
+"""Bright on grey."""
 
 BAR_ANGSTROM = 1000.0
 """Length of the scale bar: 100 nm."""
 
-DPI = 160
+OUTSIDE = 170
+"""Grey level of what lies beyond a slice."""
+
+NONE = {
+    "found": "no motor was found",
+    "missed": "no motor was missed",
+    "false": "nothing was taken for a motor that is none",
+}
+"""What is said of a group without motors."""
+
+PANEL_INCHES = 2.6
+"""Edge of a panel of the page of a validation."""
 
 HALO = [withStroke(linewidth=2.8, foreground="black", alpha=0.75)]
 
@@ -94,7 +102,7 @@ def dataset_check(uri: str, rows: Sequence[CheckRow]) -> None:
     bar = figure.colorbar(image, ax=axes[:, 2], shrink=0.6, aspect=30, pad=0.02, panchor=False)
     bar.outline.set_visible(False)
     bar.set_ticks([0, 0.5, 1])
-    _write(uri, figure)
+    write_picture(uri, figure)
 
 
 def motors_figure(uri: str, panels: Sequence[MotorsPanel], columns: int = 3) -> None:
@@ -114,9 +122,68 @@ def motors_figure(uri: str, panels: Sequence[MotorsPanel], columns: int = 3) -> 
         _draw_panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    _draw_keys(figure)
+    write_picture(uri, figure)
+
+
+def validation_page(
+    uri: str,
+    found: Sequence[MotorsPanel],
+    missed: Sequence[MotorsPanel],
+    false: Sequence[MotorsPanel],
+    counts: Mapping[str, int],
+) -> None:
+    """Write a PNG with a row each of found, missed and false motors; without any there are words instead.
+
+    `counts` says how many there are in all, as ``found``, ``missed`` and ``false``. Raises StorageError if `uri` cannot
+    be written.
+    """
+    groups = {"found": found, "missed": missed, "false": false}
+    columns = max(3, *map(len, groups.values()))
+    heights = [PANEL_INCHES + 0.75 if panels else 0.7 for panels in groups.values()]
+    figure = Figure(figsize=(PANEL_INCHES * columns, sum(heights) + 0.4), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights).ravel()
+    for part, (name, panels) in zip(parts, groups.items(), strict=True):
+        _draw_group(part, name, panels, counts[name], columns)
+    _draw_keys(figure)
+    write_picture(uri, figure)
+
+
+def close_up(panel: MotorsPanel, y: float, x: float, edge: float) -> MotorsPanel:
+    """`edge` voxels high and wide of a panel, with (y, x) in the middle, and the motors there; light grey outside."""
+    size = max(round(edge), 1)
+    corner = np.rint(np.array([y, x]) - (size - 1) / 2).astype(int)
+    image = np.full((size, size), OUTSIDE, np.uint8)
+    first = np.maximum(corner, 0)
+    last = np.maximum(np.minimum(corner + size, panel.image.shape), first)
+    (top, left), (bottom, right) = first - corner, last - corner
+    image[top:bottom, left:right] = panel.image[first[0] : last[0], first[1] : last[1]]
+
+    def on_it(motors: NDArray[np.floating]) -> NDArray[np.floating]:
+        places = motors[:, :2] - corner
+        inside = ((places > -0.5) & (places < size - 0.5)).all(axis=1)
+        return np.asarray(np.hstack([places, motors[:, 2:]])[inside])
+
+    return panel._replace(image=image, true_yx=on_it(panel.true_yx), found=on_it(panel.found))
+
+
+def _draw_group(part: SubFigure, name: str, panels: Sequence[MotorsPanel], count: int, columns: int) -> None:
+    if not panels:
+        words = f"{name}: {count}, on slices that cannot be read" if count else NONE[name]
+        part.text(0.5, 0.5, words, ha="center", va="center", fontsize=12, color=GREY)
+        return
+    shown = "" if count == len(panels) else f", of which {len(panels)} are shown"
+    part.suptitle(f"{name}: {count}{shown}", fontsize=13, fontweight="bold", x=0.01, ha="left")
+    axes = part.subplots(1, columns, squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+
+
+def _draw_keys(figure: Figure) -> None:
     keys = [_key("o", FOUND, "found, with score"), _key("+", TRUE, "true")]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=11, frameon=False)
-    _write(uri, figure)
 
 
 def _draw_panel(axis: Axes, panel: MotorsPanel) -> None:
@@ -173,10 +240,3 @@ def _key(marker: str, colour: str, label: str) -> Line2D:
     nothing: list[float] = []
     look: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2.2}
     return Line2D(nothing, nothing, linestyle="", marker=marker, markeredgecolor=colour, label=label, **look)
-
-
-def _write(uri: str, figure: Figure) -> None:
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(picture, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    storage.write_bytes(uri, picture.getvalue())

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from motor_ray.errors import MetricError
+from motor_ray.motors.matching import outcomes, spacings_of
 
 AXES = ["Motor axis 0", "Motor axis 1", "Motor axis 2"]
 """The official tables' z, y and x."""
@@ -120,7 +119,7 @@ def best_motors(motors: pd.DataFrame, truth_motors: pd.DataFrame, truth_tomogram
     pairs = best.merge(truth_motors, on="tomo_id", suffixes=("", "_true"))
     steps = pairs[["z", "y", "x"]].to_numpy(dtype=float) - pairs[["z_true", "y_true", "x_true"]].to_numpy(dtype=float)
     nearest = pd.Series(np.linalg.norm(steps, axis=1), index=pairs["tomo_id"]).groupby(level=0).min()
-    spacings = _spacings(truth_tomograms)
+    spacings = spacings_of(truth_tomograms)
     return pd.DataFrame(
         {
             "tomo_id": spacings.index,
@@ -174,35 +173,15 @@ def motor_scores(
     with the most pairs the one with the least total distance counts. A far detection is a false alarm here.
     The localisation error is the distance in angstrom within the pairs.
     """
-    found = motors[motors["score"] >= threshold].groupby("tomo_id").indices
-    kept = motors[motors["score"] >= threshold][["z", "y", "x"]].to_numpy(dtype=float)
-    truth = truth_motors.groupby("tomo_id").indices
-    true = truth_motors[["z", "y", "x"]].to_numpy(dtype=float)
-    spacings = _spacings(truth_tomograms)
-    errors = [
-        match_motors(kept[found[tomo_id]] * spacing, true[truth[tomo_id]] * spacing, radius_angstrom)
-        for tomo_id, spacing in spacings.items()
-        if tomo_id in found and tomo_id in truth
-    ]
-    distances = np.concatenate([np.empty(0), *errors])
-    n_found, n_true = (sum(len(places[i]) for i in spacings.index if i in places) for places in (found, truth))
+    found, missed, false = outcomes(motors, truth_motors, truth_tomograms, threshold, radius_angstrom)
+    distances = found["distance_angstrom"].to_numpy(dtype=float)
     return {
-        "n_motors": n_true,
+        "n_motors": len(found) + len(missed),
         "threshold": threshold,
-        **Counts(len(distances), n_found - len(distances), n_true - len(distances)).as_dict(),
+        **Counts(len(found), len(false), len(missed)).as_dict(),
         "localisation_error_angstrom_median": float(np.median(distances)) if len(distances) else None,
         "localisation_error_angstrom_p90": float(np.quantile(distances, 0.9)) if len(distances) else None,
     }
-
-
-def match_motors(found: Floats, truth: Floats, radius: float) -> Floats:
-    """Distances of the pairs of the best one-to-one matching of ``(n, 3)`` and ``(m, 3)`` places within `radius`."""
-    distances = cdist(found, truth)
-    possible = distances <= radius
-    # One impossible pair costs more than all possible ones together: most pairs first, then least distance.
-    impossible = (radius + 1) * (min(distances.shape) + 1)
-    rows, columns = linear_sum_assignment(np.where(possible, distances, impossible))
-    return np.asarray(distances[rows, columns][possible[rows, columns]])
 
 
 def _at(best: pd.DataFrame, threshold: float, radius_angstrom: float) -> dict[str, float | int | None]:
@@ -215,21 +194,6 @@ def _hits_and_alarms(best: pd.DataFrame, radius_angstrom: float) -> tuple[Floats
     said, has_motor = ~np.isnan(scores), best["has_motor"].to_numpy(dtype=bool)
     near = best["distance_angstrom"].to_numpy(dtype=float) <= radius_angstrom
     return scores[said & has_motor & near], scores[said & ~has_motor]
-
-
-def _spacings(truth_tomograms: pd.DataFrame) -> pd.Series:
-    """Voxel spacing by tomogram; raises MetricError for a tomogram named twice or without spacing."""
-    spacings = truth_tomograms.set_index("tomo_id")["voxel_spacing_angstrom"].astype(float)
-    if spacings.index.has_duplicates:
-        twice = spacings.index[spacings.index.duplicated()][0]
-        raise MetricError(f"labels: tomogram {twice} occurs twice among the tomograms; expected one row each")
-    unknown = spacings[~(spacings > 0)]
-    if len(unknown):
-        raise MetricError(
-            f"labels: {len(unknown)} tomograms have no voxel spacing, such as {unknown.index[0]}; "
-            "distances are judged in angstrom, so fill in 'Voxel spacing'"
-        )
-    return spacings
 
 
 def _checked(table: pd.DataFrame, numbers: list[str], name: str) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """What the network should say about a frame: boxes to heatmap, size, offset, mask and presence.
 
-A centre's cell is the floor of its sub-cell position, so that the Gaussian's peak is exactly 1; the remainder
-is the offset (Zhou et al. 2019, "Objects as Points", arXiv 1904.07850). A peak at the sub-cell position would
-leave no cell equal to 1, and the focal loss without a positive.
+A centre's cell is the floor of its sub-cell position, so that the Gaussian is there exactly as high as it shall be;
+the remainder is the offset (Zhou et al. 2019, "Objects as Points", arXiv 1904.07850). A maximum at the sub-cell
+position would leave every cell below it, and the focal loss without a positive.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Targets(NamedTuple):
     """Targets of one frame, or of a batch with a leading axis; all float32, lengths in heatmap cells."""
 
     heatmap: torch.Tensor
-    """``(1, h, w)`` in [0, 1], exactly 1 at each centre."""
+    """``(1, h, w)`` in [0, 1]: around each centre a Gaussian, whose maximum there is the centre's peak."""
 
     size: torch.Tensor
     """``(2, h, w)`` height and width of the box, at centres; 0 elsewhere."""
@@ -31,28 +31,41 @@ class Targets(NamedTuple):
     """``(1, h, w)`` 1 at centres, 0 elsewhere."""
 
     presence: torch.Tensor
-    """``()`` 1 if there is any box, else 0."""
+    """``()`` the highest peak of any box, 0 without one."""
 
 
 def boxes_on_frame(
-    motors: NDArray[np.float64], z: int, reach_voxels: float, frame: Frame, box_pixels: float
+    motors: NDArray[np.float64],
+    z: int,
+    reach_voxels: float,
+    frame: Frame,
+    box_pixels: float,
+    fade_voxels: float | None = None,
 ) -> NDArray[np.float64]:
-    """The ``(n, 4)`` boxes (centre y, x, height, width in frame pixels) of the motors that `frame` shows of slice `z`.
+    """The ``(n, 5)`` boxes of the motors that `frame` shows of slice `z`.
 
-    `motors` are ``(m, 3)`` z, y, x in voxels; a motor shows within `reach_voxels` of its centre along z.
+    Their columns are centre y, x, height and width in frame pixels, and peak from 0 to 1, how high the target shall be.
+    `motors` are ``(m, 3)`` z, y, x in voxels; a motor shows within `reach_voxels` of its centre along z. On slices away
+    from the centre the peak is lower as a Gaussian of standard deviation `fade_voxels` is; always 1 if that is None.
     """
-    near = motors[np.abs(motors[:, 0] - z) <= reach_voxels, 1:]
-    centres = frame.to_frame(near)
-    return np.pad(centres[inside(centres, frame.size)], ((0, 0), (0, 2)), constant_values=box_pixels)
+    distances = np.abs(motors[:, 0] - z)
+    near = distances <= reach_voxels
+    peaks = np.ones(len(motors)) if fade_voxels is None else np.exp(-(distances**2) / (2 * fade_voxels**2))
+    centres = frame.to_frame(motors[near, 1:])
+    edges = np.full_like(centres, box_pixels)
+    return np.column_stack([centres, edges, peaks[near]])[inside(centres, frame.size)]
 
 
 def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings) -> Targets:
-    """Targets of a frame of edge `size` pixels with ``(n, 4)`` boxes (centre y, x, height, width) in frame pixels.
+    """Targets of a frame of edge `size` pixels.
 
-    Centres must lie in the frame. Of two boxes centred in one cell the later one counts.
+    `boxes` are ``(n, 5)`` centre y, x, height, width in frame pixels, and peak; or ``(n, 4)``, whose peaks are 1.
+    Centres must lie in the frame. Of two boxes centred in one cell the one with the higher peak counts, or the later.
     """
     edge = size // HEATMAP_STRIDE
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    peaks = boxes[:, 4] if boxes.shape[1] == 5 else np.ones(len(boxes))
+    order = np.argsort(peaks, kind="stable")
+    boxes, peaks = boxes[order, :4], peaks[order]
     # A pixel's index is its centre, so the first cell of 4 pixels reaches from -0.5 to 3.5.
     centres, sizes_in_cells = (boxes[:, :2] + 0.5) / HEATMAP_STRIDE, boxes[:, 2:] / HEATMAP_STRIDE
     cells = np.floor(centres).astype(np.int64)
@@ -65,19 +78,19 @@ def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings
     sizes[:, ys, xs] = sizes_in_cells.T
     offsets[:, ys, xs] = (centres - cells).T
     return Targets(
-        heatmap=torch.from_numpy(_draw_heatmap(cells, edge, settings.sigma)),
+        heatmap=torch.from_numpy(_draw_heatmap(cells, peaks, edge, settings.sigma)),
         size=torch.from_numpy(sizes),
         offset=torch.from_numpy(offsets),
         mask=torch.from_numpy(mask),
-        presence=torch.tensor(float(len(cells) > 0)),
+        presence=torch.tensor(peaks.max(initial=0), dtype=torch.float32),
     )
 
 
-def _draw_heatmap(cells: NDArray[np.int64], edge: int, sigma: float) -> NDArray[np.float32]:
-    """The highest of the Gaussians around `cells` ``(n, 2)``, as ``(1, edge, edge)``."""
+def _draw_heatmap(cells: NDArray[np.int64], peaks: NDArray[np.float64], edge: int, sigma: float) -> NDArray[np.float32]:
+    """The highest of the Gaussians around `cells` ``(n, 2)`` with maxima `peaks` ``(n,)``, as ``(1, edge, edge)``."""
     heatmap = np.zeros((1, edge, edge), np.float32)
     axis = np.arange(edge)
-    for y, x in cells:
+    for (y, x), peak in zip(cells, peaks, strict=True):
         rows, columns = (np.exp(-((axis - centre) ** 2) / (2 * sigma**2)) for centre in (y, x))
-        np.maximum(heatmap[0], np.outer(rows, columns), out=heatmap[0])
+        np.maximum(heatmap[0], np.outer(peak * rows, columns), out=heatmap[0])
     return heatmap

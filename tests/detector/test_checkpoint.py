@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 
 import motor_ray
 from motor_ray import storage
-from motor_ray.config import ArchiveSettings, FrameSettings, ModelSettings, RunSettings
+from motor_ray.config import FrameSettings, ModelSettings, RunSettings
 from motor_ray.detector import checkpoint
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from motor_ray.detector.description import Description, describe_checkpoint
@@ -112,18 +113,31 @@ def test_a_failure_while_writing_leaves_the_checkpoint_that_was_there(
     assert os.listdir(saved.parent) == ["best"]
 
 
-def test_an_object_store_gets_the_description_last(small_model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[str] = []
-    write_bytes = storage.write_bytes
+@pytest.mark.parametrize("requests", range(5))
+def test_in_an_object_store_a_crash_after_any_request_leaves_a_good_checkpoint(
+    small_model: SmallModel, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
+    """Which is the one of before until the new one can be read."""
+    uri, left = "memory://bucket/run/best", [requests]
+    save_checkpoint(uri, small_model(head_channels=8), SETTINGS, {"map_50": 0.5})
 
-    def record(uri: str, data: bytes, *settings: ArchiveSettings) -> None:
-        written.append(uri)
-        write_bytes(uri, data, *settings)
+    def crashes(function: Callable[..., None]) -> Callable[..., None]:
+        def request(*arguments: Any) -> None:
+            if not left[0]:
+                raise StorageError("the plug was pulled")
+            left[0] -= 1
+            function(*arguments)
 
-    monkeypatch.setattr(storage, "write_bytes", record)
-    save_checkpoint("memory://bucket/run/best", small_model(), SETTINGS, {"map_50": 0.5})
-    assert written == ["memory://bucket/run/best/model.safetensors", "memory://bucket/run/best/model.json"]
-    assert describe_checkpoint("memory://bucket/run/best").metrics == {"map_50": 0.5}
+        return request
+
+    with monkeypatch.context() as patch, contextlib.suppress(StorageError):
+        for name in ("write_bytes", "remove"):
+            patch.setattr(storage, name, crashes(getattr(storage, name)))
+        save_checkpoint(uri, small_model(head_channels=16), SETTINGS, {"map_50": 0.75})
+    assert describe_checkpoint(uri).metrics == {"map_50": 0.5 if requests < 2 else 0.75}
+    save_checkpoint(uri, small_model(head_channels=24), SETTINGS, {"map_50": 0.9})
+    assert describe_checkpoint(uri).metrics == {"map_50": 0.9}
+    assert len(storage.list_names(uri)) == 2
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from torchvision.ops import generalized_box_iou_loss
 from motor_ray.config import LossSettings
 from motor_ray.detector.losses import Targets, box_loss, centre_cross_entropy, centre_focal_loss, detection_loss
 from motor_ray.detector.model import Prediction
+
+HeatmapLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def targets_of(centres: list[tuple[int, int, int]], frames: int = 2, edge: int = 8) -> Targets:
@@ -39,26 +42,58 @@ def test_focal_loss_is_its_formula() -> None:
         p = torch.tensor(logit, dtype=torch.float64).sigmoid()
         term = p.log() * (1 - p) ** 2 if y == 1 else (1 - p).log() * p**2 * (1 - y) ** 4
         total -= float(term)
-    assert centre_focal_loss(logits, targets.heatmap).item() == pytest.approx(total / 3, rel=1e-4)
+    assert centre_focal_loss(logits, targets.heatmap, targets.mask).item() == pytest.approx(total / 3, rel=1e-4)
 
 
-def test_without_a_centre_the_focal_loss_is_not_divided() -> None:
-    logits, target = torch.randn(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+@pytest.mark.parametrize("loss", [centre_focal_loss, centre_cross_entropy])
+def test_without_a_centre_heatmap_losses_are_not_divided(loss: HeatmapLoss) -> None:
+    logits, nothing = torch.randn(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     p = logits.sigmoid()
-    torch.testing.assert_close(centre_focal_loss(logits, target), -((1 - p).log() * p**2).sum())
+    focus = p**2 if loss is centre_focal_loss else 1
+    torch.testing.assert_close(loss(logits, nothing, nothing), -((1 - p).log() * focus).sum())
+
+
+def test_a_faded_centre_is_that_share_of_a_hit_and_of_a_centre() -> None:
+    target, mask = torch.tensor([1.0, 1.0, 0.3, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    logits = torch.randn(4, dtype=torch.float64)
+    p = logits.sigmoid()
+    hits = -(p.log() * (1 - p) ** 2)
+    misses = -((1 - p).log() * p**2)
+    expected = (hits[0] + hits[1] + 0.3 * hits[2] + 0.7**4 * misses[2] + 0.8**4 * misses[3]) / 2.3
+    torch.testing.assert_close(centre_focal_loss(logits, target, mask), expected, check_dtype=False)
+    total = F.binary_cross_entropy_with_logits(logits, target.double(), reduction="sum")
+    torch.testing.assert_close(centre_cross_entropy(logits, target, mask), total / 2.3, check_dtype=False)
+
+
+@pytest.mark.parametrize("loss", [centre_focal_loss, centre_cross_entropy])
+def test_a_centre_that_has_all_but_faded_is_no_centre(loss: HeatmapLoss) -> None:
+    logits, nothing = torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    mask, faint = nothing.clone(), nothing.clone()
+    mask[0, 0, 1, 2], faint[0, 0, 1, 2] = 1, 1e-9
+    torch.testing.assert_close(loss(logits, faint, mask), loss(logits, nothing, nothing))
+
+
+def test_the_fainter_a_centre_the_lower_the_probability_that_costs_least() -> None:
+    logits = torch.linspace(-6, 6, 481)
+    best = []
+    for peak in (1.0, 0.6, 0.3, 0.1):
+        costs = [float(centre_focal_loss(logit, torch.tensor([peak]), torch.ones(1))) for logit in logits[:, None]]
+        best.append(float(logits[costs.index(min(costs))]))
+    assert best == sorted(best, reverse=True)
+    assert len(set(best)) == 4
 
 
 def test_no_focus_and_hard_labels_give_plain_cross_entropy() -> None:
     logits = torch.randn(2, 1, 5, 6, dtype=torch.float64)
     target = (torch.rand_like(logits) > 0.8).double()
     expected = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / target.sum()
-    torch.testing.assert_close(centre_focal_loss(logits, target, alpha=0, beta=0), expected)
-    torch.testing.assert_close(centre_cross_entropy(logits, target), expected)
+    torch.testing.assert_close(centre_focal_loss(logits, target, target, alpha=0, beta=0), expected)
+    torch.testing.assert_close(centre_cross_entropy(logits, target, target), expected)
 
 
 def test_focal_loss_stays_finite_at_extreme_logits() -> None:
     logits = torch.tensor([-1e4, 1e4, -1e4, 1e4], requires_grad=True)
-    loss = centre_focal_loss(logits, torch.tensor([1.0, 1.0, 0.0, 0.5]))
+    loss = centre_focal_loss(logits, torch.tensor([1.0, 1.0, 0.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 1.0]))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.isfinite()
     assert gradient.isfinite().all()
@@ -66,7 +101,7 @@ def test_focal_loss_stays_finite_at_extreme_logits() -> None:
 
 def test_heatmaps_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
-        centre_focal_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5))
+        centre_focal_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5), torch.zeros(1, 1, 4, 4))
 
 
 def test_box_loss_is_torchvisions_giou_of_the_boxes_in_frame_pixels() -> None:

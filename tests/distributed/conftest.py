@@ -22,7 +22,7 @@ SMALL = settings_from(
         "frame": {"size": 96},
         "targets": {"box_pixels": 32},
         "model": {"backbone": "resnet18", "pretrained": "none", "neck_channels": 8, "head_channels": 8},
-        "train": {"epochs": 2, "batch_size": 4, "slices_per_motor": 3},
+        "train": {"epochs": 2, "batch_size": 4, "slices_per_motor": 3, "tomograms": "no"},
         "detect": {"score_threshold": 0.01, "slab_slices": 6, "exhaustive": True},
     }
 )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 SCORER = "ray::MapWorker(MapBatches(ScoreFrames))"
+TRAINER = "ray::RayTrainWorker"
 LOADER = "ray::MapWorker(MapBatches(LoadSlab))"
 WRITER = "ray::Write"
 """How the titles of Ray's processes begin while they do what a test wants to disturb."""

@@ -226,11 +226,11 @@ def test_progress_counts_tomograms_as_their_last_slice_is_done(archive, settings
     done = {row["slab_id"] for row in storage.read_table(plan).to_pylist() if row["tomo_id"] == names[0]}
     tally = Tally(manifest, plan, done)
     assert (tally.slices, tally.before, tally.left) == (60, 20, 40)
-    assert tally.tell(News(12, "", {}, {names[1]: 12}, 1.0, None)) == (32, "1 of 3 tomograms")
-    news = News(26, "", {}, {names[1]: 8, names[2]: 6}, 2.0, Steady(14, 1.0, 2.0))
+    assert tally.tell(News(12, "", None, {}, {names[1]: 12}, 1.0, None)) == (32, "1 of 3 tomograms")
+    news = News(26, "", None, {}, {names[1]: 8, names[2]: 6}, 2.0, Steady(14, 1.0, 2.0))
     assert tally.tell(news) == (46, "2 of 3 tomograms, 7 slices/s")
     # an actor was lost and its slabs are looked at again
-    assert tally.tell(News(52, "", {}, {names[2]: 20, names[1]: 6}, 3.0, Steady(40, 2.0, 4.0)))[0] == 60
+    assert tally.tell(News(52, "", None, {}, {names[2]: 20, names[1]: 6}, 3.0, Steady(40, 2.0, 4.0)))[0] == 60
     assert tally.finished == 3
     said = tally.summary(load_seconds=0.52, pools=Pools(2, 3, 0, 0))
     assert (said["slices_per_second"], said["load_seconds_per_slice"], said["scorers_busy"]) == (10.0, 0.01, 0.25)

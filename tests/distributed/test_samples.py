@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,19 +7,20 @@ from hypothesis import strategies as st
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.archive.plan import slab_of
 from motor_ray.config import settings_from
+from motor_ray.distributed.frames import pixels_of
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import (
     CLEARANCE_ANGSTROM,
-    FrameStore,
+    Samples,
     batches,
-    pad_to_multiple,
+    deals,
+    epoch_order,
+    readable,
     sample_plan,
     with_labelled_spacing,
 )
-from motor_ray.errors import LabelsError
-from motor_ray.tables import PLAN
+from motor_ray.errors import LabelsError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,26 @@ def manifest(archive, settings):
     return with_labelled_spacing(make_manifest(archive.uri, settings.archive), archive.labels)
 
 
+class Loaded:
+    """Frames in memory, of slices of one frame each."""
+
+    def __init__(self, plan, settings):
+        self.frames = {}
+        for row, pixels in zip(plan.to_pylist(), pixels_of(LoadSlab(settings)(plan)), strict=True):
+            self.frames[f"{row['slab_id']}/0"] = pixels.reshape(1, 96, 96) if len(pixels) else None
+
+    def frame(self, slice_id):
+        return self.frames[slice_id]
+
+
 @pytest.fixture(scope="module")
-def store(manifest, archive, settings):
-    plan = sample_plan(manifest, archive.labels, settings)
-    store = FrameStore([LoadSlab(settings)(plan)], archive.labels, settings)
-    yield store
-    store.close()
+def plan(manifest, archive, settings):
+    return sample_plan(manifest, archive.labels, settings)
+
+
+@pytest.fixture(scope="module")
+def store(plan, archive, settings):
+    return Samples(plan, archive.labels, settings, Loaded(plan, settings))
 
 
 def test_samples_show_a_motor_or_are_clearly_away_from_any(manifest, archive, settings):
@@ -60,13 +73,55 @@ def test_the_same_labels_and_settings_choose_the_same_samples(manifest, archive,
     assert sample_plan(manifest, archive.labels, settings) == sample_plan(manifest, archive.labels, settings)
 
 
-@given(st.integers(1, 40), st.integers(1, 9))
-def test_padding_makes_an_even_split_and_loses_nothing(rows, workers):
-    plan = pa.table({"slab_id": [f"{row}" for row in range(rows)]})
-    padded = pad_to_multiple(plan, workers)
-    assert len(padded) % workers == 0
-    assert 0 <= len(padded) - rows < workers
-    assert set(padded["slab_id"].to_pylist()) == set(plan["slab_id"].to_pylist())
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_slices_without_a_motor_come_from_tomograms_without_one_in_the_asked_share(manifest, archive, settings, share):
+    """In tomograms that are tall enough for slices far from any motor."""
+    tall = manifest.set_column(manifest.schema.get_field_index("size_z"), "size_z", pa.array([200] * len(manifest)))
+    asked = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"empty_share": share}})
+    rows = sample_plan(tall, archive.labels, asked).to_pylist()
+    negatives = [row for row in rows if not shows(row, archive.labels, settings)]
+    of_empty = sum(not len(archive.labels.motors_of(row["tomo_id"])) for row in negatives)
+    assert of_empty == round(share * len(negatives))
+
+
+def shows(row, labels, settings):
+    distances = np.abs(labels.motors_of(row["tomo_id"])[:, 0] - row["zs"][0]) * row["voxel_spacing_angstrom"]
+    return bool((distances <= settings.targets.reach_angstrom).any())
+
+
+SHAPES = st.tuples(st.integers(1, 60), st.integers(1, 7), st.integers(1, 5), st.integers(1, 3))
+
+
+@given(SHAPES)
+def test_every_sample_is_dealt_in_an_epoch_and_all_workers_get_as_many(shape):
+    samples, workers, batch, accumulate = shape
+    order = epoch_order(samples, 420, 3)
+    hands = [list(deals(order, 0, rank, workers, batch, accumulate)) for rank in range(workers)]
+    for step in zip(*hands, strict=True):
+        assert len({tuple(map(len, deal.batches)) for deal in step}) == 1
+        assert max(map(len, step[0].batches)) <= batch
+    dealt = [place for hand in hands for deal in hand for group in deal.batches for place in group]
+    assert set(dealt) == set(range(samples))
+    assert len(dealt) - samples < workers
+
+
+@given(SHAPES, st.data())
+def test_a_step_is_made_of_the_same_samples_whatever_the_number_of_workers(shape, data):
+    """And an epoch can be gone on with by another number of workers."""
+    samples, workers, batch, accumulate = shape
+    order = epoch_order(samples, 420, 0)
+    position = data.draw(st.integers(0, samples - 1))
+    several = [next(deals(order, position, rank, workers, batch, accumulate)) for rank in range(workers)]
+    alone = next(deals(order, position, 0, 1, batch * workers, accumulate))
+    assert {deal.position for deal in several} == {alone.position}
+    seen = {place for deal in several for group in deal.batches for place in group}
+    expected = {place for group in alone.batches for place in group}
+    assert seen >= expected == set(order[position : alone.position])
+    assert len(seen - expected) < workers
+
+
+def test_epochs_come_in_different_orders_and_the_same_one_in_the_same():
+    assert epoch_order(50, 1, 0) == epoch_order(50, 1, 0) != epoch_order(50, 1, 1)
 
 
 def test_labels_of_other_tomograms_are_refused(manifest, archive):
@@ -86,58 +141,69 @@ def test_stored_boxes_stand_where_the_labels_say(store, archive, settings):
     for place in range(len(store)):
         tomo_id, _, _ = store[place].slice_id.split("/")
         motors = archive.labels.motors_of(tomo_id)
-        for y, x, height, width in store[place].boxes:  # frames here are the slices themselves
+        for y, x, height, width, peak in store[place].boxes:  # frames here are the slices themselves
             assert np.abs(motors[:, 1:] - (y, x)).max(axis=1).min() < 1e-6
             assert height == width == settings.targets.box_pixels
+            assert peak == 1
+
+
+def by_fours(order):
+    return [order[start : start + 4] for start in range(0, len(order), 4)]
 
 
 def test_a_batch_is_the_same_in_whatever_order_and_company_its_samples_come(store, settings):
     epoch, order = 3, list(range(len(store)))
     whole: dict[str, torch.Tensor] = {}
-    for batch in batches(store, order, settings, epoch):
+    for batch in batches(store, by_fours(order), settings, epoch):
         whole |= zip(batch.slice_ids, batch.images, strict=True)
-    for batch in batches(store, order[::-1][:7], settings, epoch):
+    for batch in batches(store, by_fours(order[::-1][:7]), settings, epoch, threads=3):
         for name, image in zip(batch.slice_ids, batch.images, strict=True):
             assert (image == whole[name]).all()
 
 
 def test_epochs_differ_and_validation_is_not_augmented(store, settings):
-    [first], [second], [plain] = ([*batches(store, [0], settings, epoch)] for epoch in (0, 1, None))
+    [first], [second], [plain] = ([*batches(store, [[0]], settings, epoch)] for epoch in (0, 1, None))
     assert (first.images != second.images).any()
     assert (plain.images[0].numpy() == store[0].frame).all()
 
 
 def test_batches_come_in_the_order_asked_for_and_each_once(store, settings):
     order = [5, 2, 9, 0, 7, 3]
-    seen = [name for batch in batches(store, order, settings, None) for name in batch.slice_ids]
+    seen = [name for batch in batches(store, by_fours(order), settings, None) for name in batch.slice_ids]
     assert seen == [store[place].slice_id for place in order]
-    assert seen == [sorted(store.ids)[place] for place in order]
+    assert [store[place].slice_id for place in range(len(store))] == sorted(
+        store[place].slice_id for place in range(len(store))
+    )
 
 
-def test_slices_that_cannot_be_read_are_left_out_and_reported(damaged, archive, settings):
-    manifest = with_labelled_spacing(make_manifest(damaged, settings.archive), archive.labels)
-    first = manifest.to_pylist()[0]
-    plan = pa.Table.from_pylist([slab_of(first, [z]) for z in (2, 3, 4)], schema=PLAN)
-    store = FrameStore([LoadSlab(settings)(plan)], archive.labels, settings)
-    assert [(row["tomo_id"], row["z"]) for row in store.unread] == [(first["tomo_id"], 3), (first["tomo_id"], 4)]
-    assert len(store) == 1
-    store.close()
+def test_a_slice_that_cannot_be_read_is_replaced_by_the_next(plan, archive, settings):
+    whole = Loaded(plan, settings)
+    first, second = sorted(whole.frames)[:2]
+    whole.frames[first] = None
+    samples = Samples(plan, archive.labels, settings, whole)
+    assert samples[0] is None
+    assert readable(samples, 0).slice_id == readable(samples, 1).slice_id == second
+    [batch] = batches(samples, [[0, 1]], settings, 0)
+    assert batch.slice_ids == [second, second]
 
 
-def test_three_neighbouring_slices_are_kept_together(manifest, archive, settings):
-    three = settings_from(settings.model_dump() | {"model": settings.model.model_dump() | {"in_slices": 3}})
-    plan = pa.Table.from_pylist([slab_of(manifest.to_pylist()[0], [z]) for z in (0, 1, 2)], schema=PLAN)
-    store = FrameStore([LoadSlab(three)(plan)], archive.labels, three)
-    frames = [store[place].frame for place in range(3)]
-    assert all(frame.shape == (3, 96, 96) for frame in frames)
-    assert (frames[1][2] == frames[2][1]).all()
-    assert (frames[0][0] == frames[0][1]).all()  # at the end of the tomogram the slice stands for its neighbour
-    store.close()
+def test_a_plan_of_which_nothing_can_be_read_is_refused(plan, archive, settings):
+    nothing = Loaded(plan, settings)
+    nothing.frames = dict.fromkeys(nothing.frames)
+    samples = Samples(plan, archive.labels, settings, nothing)
+    with pytest.raises(RunError, match=f"none of {len(plan)} slices can be read"):
+        list(batches(samples, [[0]], settings, 0))
 
 
-def test_a_closed_store_leaves_nothing_on_the_disk(manifest, archive, settings):
-    store = FrameStore([LoadSlab(settings)(sample_plan(manifest, archive.labels, settings))], archive.labels, settings)
-    folder = Path(store.folder.name)
-    assert (folder / "frames").stat().st_size == len(store) * 96 * 96
-    store.close()
-    assert not folder.exists()
+def test_targets_fade_with_the_distance_from_the_centre(plan, archive, settings):
+    fading = settings_from(settings.model_dump() | {"targets": settings.targets.model_dump() | {"fade_angstrom": 40.0}})
+    samples = Samples(plan, archive.labels, fading, Loaded(plan, settings))
+    seen = 0
+    for sample, row in zip(samples, sorted(plan.to_pylist(), key=lambda row: f"{row['slab_id']}/0"), strict=True):
+        motors = archive.labels.motors_of(row["tomo_id"])
+        assert sample
+        for y, x, _, _, peak in sample.boxes:
+            [motor] = [motor for motor in motors if np.allclose(motor[1:], (y, x))]
+            assert peak == pytest.approx(np.exp(-(((motor[0] - row["zs"][0]) * 24.0) ** 2) / (2 * 40.0**2)))
+            seen += peak < 0.9
+    assert seen

@@ -1,9 +1,6 @@
 """Training on a real Ray, on one worker and on two; the optimisation itself is tested without."""
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,8 @@ from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import root_cause
-from motor_ray.distributed.training import check_run, plan_part, train
-from motor_ray.distributed.worker import epochs_since_best, rank_of
+from motor_ray.distributed.training import plan_part, run_at, train
+from motor_ray.distributed.training_loop import rank_of, validations_since_best
 from motor_ray.errors import CheckpointError, LabelsError, RunError, UnfinishedError
 
 
@@ -39,7 +36,7 @@ def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
     """With three workers there are fewer validation slices than workers, and still each is judged exactly once."""
     few = {"slices_per_motor": slices_per_motor, "negatives_per_positive": 0 if workers == 3 else 1}
     settings = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | few})
-    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=workers, resume=False)
+    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=(workers, workers), resume=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert workers == 1 or run["slices"]["validation"] < workers
@@ -60,14 +57,14 @@ def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
 def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(manifest, archive, settings, tmp_path):
     def run(epochs: int, *, resume: bool):
         some = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"epochs": epochs}})
-        return train(manifest, archive.labels, some, str(tmp_path), "run", workers=1, resume=resume)
+        return train(manifest, archive.labels, some, str(tmp_path), "run", workers=(1, 1), resume=resume)
 
     with pytest.raises(RunError, match="there is no run to resume"):
         run(2, resume=True)
     first = run(2, resume=False)
     with pytest.raises(RunError, match="a run of this name is there; give another --name, or --resume"):
         run(2, resume=False)
-    with pytest.raises(RunError, match="was started with another settings_hash"):
+    with pytest.raises(RunError, match=r"was started with other settings: train\.epochs was 2, is 3; resume"):
         run(3, resume=True)
     assert run(2, resume=True) == first
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -82,7 +79,7 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive,
         for path in tomogram.iterdir():
             (copy / tomogram.name / path.name).write_bytes(path.read_bytes()[: 300 if "0010" in path.name else None])
     manifest = make_manifest(str(copy), settings.archive)
-    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=2, resume=False)
+    run = train(manifest, archive.labels, settings, str(tmp_path), "run", workers=(2, 2), resume=False)
     failures = storage.read_table(str(tmp_path / "run" / "failures.parquet")).to_pylist()
     assert run["unread"] == len(failures) > 0
     assert {row["z"] for row in failures} == {10}
@@ -93,57 +90,21 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive,
 @pytest.mark.usefixtures("ray_here")
 def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, settings, tmp_path):
     wild = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"learning_rate": 1e30}})
-    with pytest.raises(UnfinishedError, match=r"training stopped: the loss is (nan|inf) on slices tomo_"):
-        train(manifest, archive.labels, wild, str(tmp_path), "run", workers=1, resume=False)
+    with pytest.raises(UnfinishedError, match=r"stopped: the loss of step \d is not finite, on slices tomo_\w+/"):
+        train(manifest, archive.labels, wild, str(tmp_path), "run", workers=(1, 1), resume=False)
 
 
 def test_weights_that_cannot_be_had_stop_a_run_before_it_starts(manifest, archive, settings, tmp_path):
     absent = settings_from(settings.model_dump() | {"model": {"backbone": "resnet18", "pretrained": "/no/weights.pt"}})
     with pytest.raises(CheckpointError, match=r"/no/weights\.pt"):
-        train(manifest, archive.labels, absent, str(tmp_path), "run", workers=1, resume=False)
+        train(manifest, archive.labels, absent, str(tmp_path), "run", workers=(1, 1), resume=False)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_weights_of_one_that_was_not(archive, settings, tmp_path):
-    longer = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"epochs": 4}})
-    (tmp_path / "run.yaml").write_text(json.dumps(longer.model_dump(mode="json")))  # JSON is YAML
-
-    def command(name: str, *more: str) -> list[str]:
-        data = ["--archive", archive.uri, "--labels", archive.labels_csv, "--config", str(tmp_path / "run.yaml")]
-        return [
-            sys.executable,
-            "-m",
-            "motor_ray.cli",
-            "train",
-            *data,
-            "--storage",
-            str(tmp_path),
-            "--name",
-            name,
-            *more,
-        ]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
-            assert driver.poll() is None
-            time.sleep(0.05)
-        driver.kill()
-    assert len(metrics.read_text().splitlines()) < 4
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True)
-    assert len(metrics.read_text().splitlines()) == 4
-    ends = [load_checkpoint(tmp_path / name / "last").state_dict() for name in ("whole", "killed")]
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=0, msg=name)
 
 
 def test_an_archive_without_motors_is_refused_before_anything_starts(manifest, archive, settings, tmp_path):
     nothing = Labels(archive.labels.tomograms, archive.labels.motors.iloc[:0])
     with pytest.raises(LabelsError, match="no motor is labelled in the train part"):
-        train(manifest, nothing, settings, str(tmp_path), "run", workers=1, resume=False)
+        train(manifest, nothing, settings, str(tmp_path), "run", workers=(1, 1), resume=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -153,13 +114,13 @@ def test_a_part_without_motors_is_named_with_its_size(manifest, archive, setting
 
 
 def test_a_run_may_start_where_there_is_none(tmp_path):
-    check_run(str(tmp_path / "run"), {"settings_hash": "a", "split": {}}, resume=False)
+    assert run_at(str(tmp_path / "run"), {"settings": {}, "samples_hash": ""}, resume=False) == {}
 
 
 def test_epochs_are_counted_since_the_best_and_equal_ones_do_not_count_as_better():
-    assert epochs_since_best(quality(0.1, 0.5, 0.5)) == 1
-    assert epochs_since_best(quality(0.1, 0.5, 0.6)) == 0
-    assert epochs_since_best(quality(None, None)) == 1
+    assert validations_since_best(quality(0.1, 0.5, 0.5)) == 1
+    assert validations_since_best(quality(0.1, 0.5, 0.6)) == 0
+    assert validations_since_best(quality(None, None)) == 1
     assert rank_of({"mAP@0.5": 0.5, "mAP@0.7": 0.4, "mAP@0.9": None}) > rank_of(quality(0.5)[0])
 
 

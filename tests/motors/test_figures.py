@@ -4,11 +4,23 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
-from motor_ray.motors.figures import FOUND, TRUE, CheckRow, MotorsPanel, dataset_check, motors_figure
+from motor_ray.motors.figures import (
+    FOUND,
+    OUTSIDE,
+    TRUE,
+    CheckRow,
+    MotorsPanel,
+    close_up,
+    dataset_check,
+    motors_figure,
+    validation_page,
+)
 
 NO_BOXES = np.empty((0, 4))
 GREY = np.full((120, 150), 110, np.uint8)
@@ -92,6 +104,52 @@ def test_the_dataset_check_shows_boxes_and_the_heatmaps_peak(tmp_path: Path) -> 
     assert pixels(marked).shape[0] > 2.5 * pixels(plain).shape[0]
     assert count(marked, (110, 110, 110)) > 100_000  # the slices' grey, as it is
     np.testing.assert_array_equal(heatmap, before)
+
+
+def test_the_page_of_a_validation_has_a_row_of_panels_for_each_group_and_words_for_an_empty_one(tmp_path: Path) -> None:
+    found, missed = panel(found=np.array([[60, 70, 0.87]])), panel(true_yx=np.array([[60, 70]]))
+    pages = {
+        "full": ([found] * 4, [missed] * 2, [found]),
+        "nothing missed": ([found] * 4, [], [found]),
+        "nothing at all": ([], [], []),
+    }
+    shapes, slices = {}, {}
+    for name, groups in pages.items():
+        path = tmp_path / f"{name}.png"
+        counts = dict(zip(("found", "missed", "false"), map(len, groups), strict=True))
+        validation_page(str(path), *groups, counts)
+        shapes[name], slices[name] = pixels(path).shape, count(path, (110, 110, 110))
+        assert len(np.unique(pixels(path))) > 50  # words, at least
+    assert slices["full"] * 5 == pytest.approx(slices["nothing missed"] * 7, rel=0.05)
+    assert slices["nothing at all"] == 0
+    assert shapes["full"][0] > shapes["nothing missed"][0] > shapes["nothing at all"][0]
+    assert shapes["full"][1] == shapes["nothing missed"][1]
+
+
+def test_the_page_says_when_it_does_not_show_all(tmp_path: Path) -> None:
+    for name, missed in (("all", 1), ("some", 40), ("unreadable", 0)):
+        counts = {"found": 0, "missed": missed, "false": 0}
+        validation_page(str(tmp_path / name), [], [panel()] if missed else [], [], counts)
+    counts = {"found": 0, "missed": 3, "false": 0}
+    validation_page(str(tmp_path / "none read"), [], [], [], counts)
+    assert pixels(tmp_path / "all").shape == pixels(tmp_path / "some").shape
+    assert (pixels(tmp_path / "all") != pixels(tmp_path / "some")).any()
+    assert (pixels(tmp_path / "unreadable") != pixels(tmp_path / "none read")).any()
+
+
+@given(st.floats(-30, 150), st.floats(-30, 180), st.integers(1, 80))
+def test_in_a_close_up_things_lie_where_they_lay_and_the_motor_in_the_middle(y: float, x: float, edge: int) -> None:
+    image = np.random.default_rng(0).integers(0, 100, (120, 150), np.uint8)
+    corners = np.array([[0.0, 0], [119, 149], [20, 30], [y, x]])
+    whole = panel(image=image, true_yx=corners, found=np.column_stack([corners, [0.1, 0.2, 0.3, 0.4]]))
+    near = close_up(whole, y, x, edge)
+    assert near.image.shape == (edge, edge)
+    np.testing.assert_allclose(near.true_yx[-1], (edge - 1) / 2, atol=0.51)
+    assert near.found[-1, 2] == 0.4
+    for row, column, score in near.found[:-1]:
+        before = corners[round(10 * score) - 1].astype(int)
+        assert near.image[round(row), round(column)] == image[tuple(before)]
+    assert set(np.unique(near.image)) <= {*np.unique(image), OUTSIDE}
 
 
 def test_the_same_picture_has_the_same_bytes(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from motor_ray.errors import MetricError
 from motor_ray.motors import metrics
+from motor_ray.motors.matching import match_motors
 from motor_ray.motors.metrics import (
     AXES,
     Counts,
     best_motors,
     count_tomograms,
-    match_motors,
     motor_scores,
     official_counts,
     official_f_beta,
@@ -187,7 +187,7 @@ def test_motors_are_matched_one_to_one_within_the_radius() -> None:
 def test_the_matching_prefers_more_pairs_to_nearer_ones() -> None:
     found = np.array([[0.0, 0, 0], [0, 0, 9]])
     truth = np.array([[0.0, 0, 9.5], [0, 0, 18]])
-    assert sorted(match_motors(found, truth, 10)) == [9, 9.5]
+    assert sorted(match_motors(found, truth, 10).distances) == [9, 9.5]
 
 
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**32 - 1))
@@ -195,7 +195,8 @@ def test_the_matching_prefers_more_pairs_to_nearer_ones() -> None:
 def test_a_matching_is_symmetric_and_within_the_radius(n: int, m: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.uniform(0, 10, (n, 3)), rng.uniform(0, 10, (m, 3))
-    pairs = match_motors(a, b, 5)
-    np.testing.assert_allclose(np.sort(pairs), np.sort(match_motors(b, a, 5)))
-    assert len(pairs) <= min(n, m)
-    assert (pairs <= 5).all()
+    pairs, turned = match_motors(a, b, 5), match_motors(b, a, 5)
+    np.testing.assert_allclose(np.sort(pairs.distances), np.sort(turned.distances))
+    np.testing.assert_allclose(pairs.distances, np.linalg.norm(a[pairs.found] - b[pairs.truth], axis=1))
+    assert len(set(pairs.found)) == len(set(pairs.truth)) == len(pairs.distances) <= min(n, m)
+    assert (pairs.distances <= 5).all()

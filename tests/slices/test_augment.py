@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.config import AugmentSettings, TargetSettings
-from motor_ray.slices.augment import augment, blur, move_boxes, random_transform, sample_generator, warp
+from motor_ray.slices.augment import (
+    augment,
+    blur,
+    move_boxes,
+    poisson_noise,
+    random_transform,
+    sample_generator,
+    warp,
+)
 from motor_ray.slices.targets import draw_targets
 
 SIZE = 128
@@ -37,6 +45,15 @@ def test_boxes_zoom_with_the_frame_but_do_not_turn(seed):
     zoom = np.linalg.norm(matrix[:, 0])
     np.testing.assert_allclose((height, width), (20 * zoom, 30 * zoom))
     assert 1 - GEOMETRY.scaling <= zoom <= 1 + GEOMETRY.scaling
+
+
+@given(st.integers(0, 2**32))
+def test_a_boxs_peak_moves_along_and_stays_what_it_is(seed):
+    matrix = random_transform(SIZE, np.random.default_rng(seed), GEOMETRY)
+    boxes = np.array([[60, 64, 20, 30, 0.3], [-300, 64, 20, 30, 0.5], [70, 80, 10, 10, 1]])
+    moved = move_boxes(boxes, matrix, SIZE)
+    assert moved[:, 4].tolist() == [0.3, 1]
+    np.testing.assert_array_equal(moved[:, :4], move_boxes(boxes[:, :4], matrix, SIZE))
 
 
 def test_a_box_whose_centre_leaves_the_frame_is_dropped_and_targets_can_be_drawn_of_the_rest():
@@ -82,6 +99,31 @@ def test_poisson_noise_has_the_pixels_intensity_as_mean_and_variance():
     seen = augment(frame, np.empty((0, 4)), np.random.default_rng(0), noisy)[0].astype(float)
     assert seen.mean() == pytest.approx(100, abs=0.3)
     assert seen.var() == pytest.approx(100, rel=0.03)
+
+
+@pytest.mark.parametrize("grey", [*range(12), 20, 50, 100, 150, 200])
+def test_noise_of_every_grey_level_has_it_as_mean_and_variance(grey):
+    seen = poisson_noise(np.full((1, 512, 512), grey, np.uint8), np.random.default_rng(grey)).astype(float)
+    assert seen.mean() == pytest.approx(grey, abs=5 * np.sqrt(grey / seen.size))
+    assert seen.var() == pytest.approx(grey, rel=0.02)
+
+
+@pytest.mark.parametrize("grey", [1, 7, 60, 180, 255])
+def test_noise_has_the_quantiles_of_poisson_draws_that_stop_at_white(grey):
+    seen = poisson_noise(np.full((1, 256, 256), grey, np.uint8), np.random.default_rng(1))
+    drawn = np.minimum(np.random.default_rng(2).poisson(grey, 256 * 256), 255)
+    shares = [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
+    np.testing.assert_allclose(np.quantile(seen, shares), np.quantile(drawn, shares), atol=1)
+
+
+def test_noise_leaves_black_black_and_is_a_function_of_the_generator_alone():
+    frame = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
+    frame[:, :8] = 0
+    noisy = poisson_noise(frame, np.random.default_rng(5))
+    assert (noisy[:, :8] == 0).all()
+    np.testing.assert_array_equal(noisy, poisson_noise(frame, np.random.default_rng(5)))
+    assert (noisy != poisson_noise(frame, np.random.default_rng(6))).any()
+    assert noisy.dtype == np.uint8
 
 
 def test_bright_pixels_do_not_wrap_around_under_noise():

@@ -79,6 +79,36 @@ def test_the_gaussian_falls_off_with_sigma():
     assert float(targets.heatmap[0, 90, 93]) == pytest.approx(np.exp(-0.5))
 
 
+@given(st.lists(st.tuples(positions, positions, st.just(50), st.just(50), st.floats(0.01, 1)), min_size=1, max_size=4))
+def test_a_faded_box_is_a_lower_gaussian_at_the_same_place(drawn):
+    full = draw_targets(np.array(drawn)[:1, :4], SIZE, RECIPE)
+    faded = draw_targets(np.array(drawn)[:1], SIZE, RECIPE)
+    torch.testing.assert_close(faded.heatmap, full.heatmap * drawn[0][4])
+    for same in ("size", "offset", "mask"):
+        torch.testing.assert_close(getattr(faded, same), getattr(full, same), rtol=0, atol=0)
+    several = draw_targets(np.array(drawn), SIZE, RECIPE)
+    assert float(several.presence) == float(several.heatmap.max()) == pytest.approx(max(box[4] for box in drawn))
+    assert set(several.mask.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_boxes_in_one_cell_the_one_with_the_higher_peak_counts(order):
+    pair = np.array([[100, 100, 50, 50, 0.5], [101, 101, 60, 60, 1]])
+    targets = draw_targets(pair[list(order)], SIZE, RECIPE)
+    assert targets.size[:, 25, 25].tolist() == [15, 15]
+    assert targets.heatmap[0, 25, 25] == 1
+
+
+@pytest.mark.parametrize("fade", [None, 1.5])
+def test_the_peak_fades_along_z_as_a_gaussian_or_not_at_all(fade):
+    [frame] = frames_of((960, 928), None, FrameSettings())
+    motors = np.array([[10.25, 480, 464], [14, 100, 100]])
+    shown = boxes_on_frame(motors, 12, 2.0, frame, RECIPE.box_pixels, fade)
+    expected = [1, 1] if fade is None else [np.exp(-(dz**2) / (2 * fade**2)) for dz in (1.75, 2)]
+    np.testing.assert_allclose(shown[:, 4], expected)
+    assert boxes_on_frame(motors, 12, 0.5, frame, RECIPE.box_pixels, fade).shape == (0, 5)
+
+
 def test_a_centre_outside_the_frame_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"\(720, 5\) lies outside a frame of 720"):
         draw_targets(np.array([[720.0, 5, 50, 50]]), SIZE, RECIPE)
@@ -88,6 +118,7 @@ def test_a_frame_shows_the_motors_within_reach_along_z_and_inside_it():
     [frame] = frames_of((960, 928), None, FrameSettings())
     motors = np.array([[10, 480, 464], [14, 100, 100], [15, 480, 464], [10, 2000, 464]], float)
     shown = boxes_on_frame(motors, 12, 2.0, frame, RECIPE.box_pixels)
-    np.testing.assert_allclose(frame.boxes_to_slice(shown)[:, :2], motors[:2, 1:])
-    assert (shown[:, 2:] == RECIPE.box_pixels).all()
+    np.testing.assert_allclose(frame.boxes_to_slice(shown[:, :4])[:, :2], motors[:2, 1:])
+    assert (shown[:, 2:4] == RECIPE.box_pixels).all()
+    assert (shown[:, 4] == 1).all()
     assert frame.size == HEATMAP_STRIDE * 180

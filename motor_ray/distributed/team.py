@@ -1,0 +1,52 @@
+"""What training workers take of a cluster, and whether it can ever hold them: asked before anything starts."""
+
+from collections.abc import Iterable, Mapping
+
+import ray
+
+from motor_ray.config import RunSettings
+from motor_ray.distributed.cluster import gpus
+from motor_ray.errors import RunError
+
+READERS = 2
+"""CPUs for reading slices, and for what comes and goes."""
+
+
+def worker_resources(settings: RunSettings) -> dict[str, float]:
+    """What a worker takes, by Ray's names: CPUs, a GPU if there are any, and what the settings name."""
+    train = settings.train
+    return {"CPU": train.worker_cpus, **({"GPU": 1} if gpus() else {}), **train.worker_resources}
+
+
+def slots_for(workers: int, settings: RunSettings) -> int:
+    """CPUs that training takes in all."""
+    return workers * settings.train.worker_cpus + READERS
+
+
+def holds(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> int:
+    """How many workers fit on nodes with such resources."""
+    asked = {name: number for name, number in worker.items() if number > 0}
+    return sum(int(min(node.get(name, 0) // number for name, number in asked.items())) for node in nodes)
+
+
+def require_team(workers: tuple[int, int], settings: RunSettings) -> None:
+    """Raises RunError if the cluster can never hold the fewest workers, and reading: Ray would wait for ever."""
+    train, worker = settings.train, worker_resources(settings)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    there = holds(nodes, worker)
+    spare = sum(node.get("CPU", 0) for node in nodes) - workers[0] * train.worker_cpus
+    if train.batch_norm == "sync" and not gpus():
+        raise RunError("--train.batch-norm sync: needs GPUs, and the cluster has none; take frozen")
+    if train.tomograms == "during" and gpus() and gpus() <= workers[1]:
+        raise RunError(
+            f"--train.tomograms during: needs a GPU beside those of {workers[1]} workers, the cluster has {gpus()}; "
+            "ask for fewer workers, or take --train.tomograms end"
+        )
+    if workers[0] <= there and spare >= READERS:
+        return
+    asked = ", ".join(f"{number:g} {name}" for name, number in worker.items())
+    fit = max(min(there, int((spare + workers[0] * train.worker_cpus - READERS) // train.worker_cpus)), 0)
+    raise RunError(
+        f"--workers {workers[0]}: a worker takes {asked}, reading slices {READERS} CPUs; of that the cluster's "
+        f"{len(nodes)} nodes hold {fit} workers; " + (f"ask for --workers {fit}, or add nodes" if fit else "add nodes")
+    )

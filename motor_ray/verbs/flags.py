@@ -1,0 +1,83 @@
+"""Groups of settings as flags of the verbs they concern."""
+
+from typing import Any, ClassVar, Protocol
+
+import tyro
+
+from motor_ray.config import (
+    ArchiveSettings,
+    AugmentSettings,
+    DetectSettings,
+    EvaluateSettings,
+    FrameSettings,
+    LinkSettings,
+    LossSettings,
+    ModelSettings,
+    PreprocessSettings,
+    RunSettings,
+    Settings,
+    TargetSettings,
+    TrainSettings,
+    read_settings,
+)
+
+Result = tuple[dict[str, Any], int]
+"""The JSON object of a verb, and its exit code."""
+
+
+class Verb(Protocol):
+    """A word of the command line: a dataclass of its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def run(self) -> Result:
+        """Do it."""
+
+
+class ArchiveFlags(Settings):
+    """The settings that concern reading an archive."""
+
+    archive: ArchiveSettings = ArchiveSettings()
+
+
+class DetectFlags(ArchiveFlags):
+    """The settings that concern detection with a trained model."""
+
+    detect: DetectSettings = DetectSettings()
+    link: LinkSettings = LinkSettings()
+
+
+class FigureFlags(ArchiveFlags):
+    """The settings that concern what the network is shown."""
+
+    frame: FrameSettings = FrameSettings()
+    preprocess: PreprocessSettings = PreprocessSettings()
+    augment: AugmentSettings = AugmentSettings()
+    targets: TargetSettings = TargetSettings()
+
+
+class TrainFlags(FigureFlags):
+    """The settings that concern training."""
+
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    detect: DetectSettings = DetectSettings()
+    link: LinkSettings = LinkSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class EvaluateFlags(Settings):
+    """The settings that concern comparing with labels."""
+
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+Unprefixed = tyro.conf.arg(name="")
+"""Groups of settings stand at the top: ``--detect.score-threshold``, not ``--settings.detect.score-threshold``."""
+
+
+def all_settings(verb: Any) -> RunSettings:
+    """Every setting of a run of `verb`: its flags', and its --config file's for groups that it has no flags for."""
+    base = read_settings(verb.config) if verb.config else RunSettings()
+    return base.model_copy(update={name: getattr(verb.settings, name) for name in type(verb.settings).model_fields})

@@ -1,0 +1,81 @@
+"""Verbs that show what motor_ray can do, and how fast."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from motor_ray.errors import ConfigError
+from motor_ray.verbs.flags import Result
+
+Part = TypeVar("Part", bound=str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Simulate, train, detect, evaluate and draw: the whole story in a few minutes on two cores."""
+
+    out: str = "motor-ray-demo"
+    """Folder for everything the demo makes; made anew each time."""
+
+    def run(self) -> Result:
+        """Run the demo."""
+        from motor_ray.demo import demo
+
+        return demo(self.out), 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure how fast this machine is, as ratios within one run."""
+
+    what: tyro.conf.Positional[Literal["model", "detect", "looks", "train"]]
+    """What to measure: the network; the pipeline that feeds it from object storage; what looking twice saves; how
+    training uses the machine."""
+
+    parts: tuple[str, ...] = ()
+    """Parts of `bench detect` (device, peers, growth, model) or of `bench train` (loop, workers, restart, precision);
+    all of them when not given."""
+
+    model: str | None = None
+    """Checkpoint for `bench looks`; the demo's is trained when not given."""
+
+    out: str | None = None
+    """JSON file to write, beside stdout."""
+
+    def run(self) -> Result:
+        """Measure."""
+        from motor_ray.storage import write_json
+
+        result = self._measure()
+        if self.out:
+            write_json(self.out, result)
+        return result, 0
+
+    def _parts(self, known: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Those of the `known` parts that are asked for."""
+        if unknown := set(self.parts) - set(known):
+            raise ConfigError(f"--parts {min(unknown)}: bench {self.what} has the parts {', '.join(known)}")
+        return tuple(part for part in known if part in self.parts or not self.parts)
+
+    def _measure(self) -> dict[str, Any]:
+        if self.parts and self.what not in ("detect", "train"):
+            raise ConfigError("--parts chooses among the parts of `bench detect` and `bench train`; leave it out here")
+        if self.model and self.what != "looks":
+            raise ConfigError("--model is the detector of `motor-ray bench looks`; leave it out here")
+        if self.what == "detect":
+            from motor_ray.bench.detect import PARTS, bench_detect
+
+            return bench_detect(self._parts(PARTS))
+        if self.what == "train":
+            from motor_ray.bench.train import PARTS as TRAIN_PARTS
+            from motor_ray.bench.train import bench_train
+
+            return bench_train(self._parts(TRAIN_PARTS))
+        if self.what == "looks":
+            from motor_ray.bench.looks import bench_looks
+
+            return bench_looks(self.model)
+        from motor_ray.bench.model import bench_model
+
+        return bench_model()

@@ -1,0 +1,168 @@
+"""Verbs that train detectors: one, or many that differ in a few settings."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from motor_ray.config import RunSettings
+from motor_ray.errors import ConfigError
+from motor_ray.verbs.flags import Result, TrainFlags, Unprefixed, all_settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from motor_ray.archive.labels import Labels
+
+
+class Data(NamedTuple):
+    """What is trained on, and how."""
+
+    manifest: "pa.Table"
+    labels: "Labels"
+    settings: RunSettings
+
+    unusable: list[str]
+    """Why tomograms of the archive cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnLabels:
+    """What every verb that trains is told."""
+
+    archive: str
+    """Folder or s3:// prefix that holds the tomograms."""
+
+    labels: str
+    """CSV file of motors in the columns of the Kaggle challenge."""
+
+    storage: str
+    """Folder or s3:// prefix for runs."""
+
+    config: str | None = None
+    """YAML file of settings; flags win over it."""
+
+    settings: Annotated[TrainFlags, Unprefixed] = TrainFlags()
+
+    def read(self) -> Data:
+        """The tomograms, their labels and the settings."""
+        from motor_ray.archive.labels import read_labels
+        from motor_ray.archive.manifest import find_tomograms
+
+        settings = all_settings(self)
+        manifest, failures = find_tomograms(self.archive, settings.archive)
+        return Data(manifest, read_labels(self.labels, settings.archive), settings, failures["error"].to_pylist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(OnLabels):
+    """Train a detector on labelled tomograms."""
+
+    name: str
+    """Name of this run: checkpoints and metrics go to STORAGE/NAME."""
+
+    workers: str = "1"
+    """Processes that train together, one GPU each where there are GPUs; or MIN:MAX, as many as the cluster has room
+    for, more or fewer as nodes come and go."""
+
+    resume: bool = False
+    """Go on with the run of this name where it stopped."""
+
+    def run(self) -> Result:
+        """Train."""
+        from motor_ray.distributed.training import train
+
+        workers = workers_from(self.workers)
+        data = self.read()
+        run = train(
+            data.manifest, data.labels, data.settings, self.storage, self.name, workers=workers, resume=self.resume
+        )
+        names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "validation", "unread")
+        return {name: run[name] for name in names} | {"unusable": data.unusable}, bool(run["unread"] or data.unusable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate(OnLabels):
+    """Train with and without each part of the recipe, several times: what is each worth?"""
+
+    name: str
+    """Name of the study: its trials are runs STORAGE/NAME/VARIANT-SEED, beside ablation.json, .md and .png."""
+
+    seeds: int = 3
+    """Trainings of each variant, from other initial weights but on the same tomograms."""
+
+    workers: str = "1"
+    """Processes that train one trial together, or MIN:MAX; trials run beside one another where there is room."""
+
+    resume: bool = False
+    """Go on with the study of this name; trials that are done are not repeated."""
+
+    def run(self) -> Result:
+        """Train all of them."""
+        from motor_ray.distributed.ablation import ablate
+
+        workers = workers_from(self.workers)
+        data = self.read()
+        study = ablate(
+            data.manifest,
+            data.labels,
+            data.settings,
+            self.storage,
+            self.name,
+            seeds=self.seeds,
+            workers=workers,
+            resume=self.resume,
+        )
+        return study | {"unusable": data.unusable}, bool(study["failed"] or study["unread"] or data.unusable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(OnLabels):
+    """Search the width of the targets and the weights of the loss for the best detector."""
+
+    name: str
+    """Name of the study: its trials are runs STORAGE/NAME/trial-NNN, beside tuning.json, .md, .png and best.yaml."""
+
+    trials: int = 16
+    """Settings to try, the given ones first; more of them may be asked for with --resume."""
+
+    learning_rate: bool = False
+    """Search the learning rate, too."""
+
+    workers: str = "1"
+    """Processes that train one trial together, or MIN:MAX; trials run beside one another where there is room."""
+
+    resume: bool = False
+    """Go on with the study of this name; trials that are done are not repeated."""
+
+    def run(self) -> Result:
+        """Search."""
+        from motor_ray.distributed.tuning import tune
+
+        workers = workers_from(self.workers)
+        data = self.read()
+        study = tune(
+            data.manifest,
+            data.labels,
+            data.settings,
+            self.storage,
+            self.name,
+            trials=self.trials,
+            learning_rate=self.learning_rate,
+            workers=workers,
+            resume=self.resume,
+        )
+        return study | {"unusable": data.unusable}, bool(study["failed"] or study["unread"] or data.unusable)
+
+
+def workers_from(text: str) -> tuple[int, int]:
+    """The fewest and the most workers that ``--workers`` allows: "4" is (4, 4), "2:8" is (2, 8).
+
+    Raises ConfigError if it is neither.
+    """
+    least, _, most = text.partition(":")
+    try:
+        workers = (int(least), int(most if ":" in text else least))
+    except ValueError:
+        workers = (0, 0)
+    if not 1 <= workers[0] <= workers[1]:
+        raise ConfigError(f"--workers {text}: expected a number such as 4, or the fewest and the most, such as 2:8")
+    return workers

@@ -1,0 +1,202 @@
+"""Training that is interrupted in every way goes on, and ends as if nothing had happened.
+
+Nothing dies but what the tests themselves started. Nodes have a resource "slot" in place of a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from motor_ray.config import RunSettings, settings_from
+from motor_ray.detector.checkpoint import load_checkpoint
+from tests.distributed.killers import TRAINER, below, kill, left_of, raylet_of, titled, until, workers_below
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+NODE: dict[str, Any] = {
+    "num_cpus": 4,
+    "memory": 4 * 10**9,
+    "object_store_memory": 100 * 10**6,
+    "include_dashboard": False,
+}
+SLOT: dict[str, Any] = {
+    "num_cpus": 1,
+    "resources": {"slot": 1},
+    "memory": 2 * 10**9,
+    "object_store_memory": 100 * 10**6,
+}
+
+SECONDS_TO_END = 30
+"""What processes get to notice that the one they work for is gone."""
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def quick(settings: RunSettings) -> RunSettings:
+    """A checkpoint after every other step, so that there is always something to lose and something to go on from."""
+    train = {"epochs": EPOCHS, "checkpoint_steps": 2, "ema_decay": 0.9, "tensorboard": False}
+    return settings_from(settings.model_dump() | {"train": settings.train.model_dump() | train})
+
+
+class Training:
+    """A `motor-ray train` in a process of its own."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path) -> None:
+        self.process, self.folder = process, folder
+
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The validations so far."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def checkpoints(self) -> set[str]:
+        """Ray Train's, that are committed."""
+        snapshot = self.folder / "checkpoint_manager_snapshot.json"
+        return {path.name for path in self.folder.glob("checkpoint_2*")} if snapshot.exists() else set()
+
+    def has_validated(self, times: int) -> Callable[[], bool]:
+        return lambda: len(self.lines()) >= times
+
+    def ends_well(self) -> dict[str, Any]:
+        """What it says at the end."""
+        said, complaint = self.process.communicate()
+        assert self.process.returncode == 0, complaint.decode()
+        result: dict[str, Any] = json.loads(said)
+        return result
+
+
+@pytest.fixture(scope="module")
+def start(archive, quick, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Starts a training of that name, which does not outlive the block."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "settings.yaml").write_text(quick.model_dump_json())
+
+    @contextmanager
+    def started(name: str, *flags: str, **variables: str) -> Iterator[Training]:
+        command = [sys.executable, "-m", "motor_ray.cli", "train", "--archive", archive.uri]
+        command += ["--labels", archive.labels_csv, "--config", str(folder / "settings.yaml")]
+        command += ["--storage", str(folder), "--name", name, *flags]
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+            try:
+                yield Training(process, folder / name)
+            finally:
+                left = workers_below(process.pid)
+                process.kill()
+        assert not left_of(left, SECONDS_TO_END)
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A node with room for two workers, and for reading."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def slots(cluster: Cluster) -> Iterator[list[Any]]:
+    """Two more nodes with a slot each."""
+    nodes = [cluster.add_node(**SLOT) for _ in range(2)]
+    yield nodes
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, cluster):
+    with start("undisturbed", "--workers", "2", RAY_ADDRESS=cluster.address) as training:
+        training.ends_well()
+    return training
+
+
+def end_alike(one: Training, other: Training) -> None:
+    """Assert that two runs have the same weights to the last bit, and the same metrics but for the time they took."""
+    for name in ("best", "last"):
+        ends = [load_checkpoint(run.folder / name).state_dict() for run in (one, other)]
+        for key, tensor in ends[0].items():
+            torch.testing.assert_close(tensor, ends[1][key], rtol=0, atol=0, msg=f"{name} {key}")
+    timeless = [
+        [{key: line[key] for key in line if key not in ("images_per_second", "wait_share")} for line in run.lines()]
+        for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_killed_worker_changes_nothing(start, cluster, undisturbed):
+    with start("killed-worker", "--workers", "2", RAY_ADDRESS=cluster.address) as training:
+        until("it had validated", training.has_validated(1), training.over)
+        before = training.checkpoints()
+        until("there was another checkpoint", lambda: training.checkpoints() - before, training.over)
+        kill(titled(below(raylet_of(cluster.head_node)), TRAINER)[0])
+        assert len(training.lines()) < EPOCHS
+        training.ends_well()
+    end_alike(undisturbed, training)
+
+
+def test_a_killed_driver_changes_nothing(start, cluster, undisturbed):
+    with start("killed-driver", "--workers", "2", RAY_ADDRESS=cluster.address) as training:
+        until("it had validated", training.has_validated(1), training.over)
+        before = training.checkpoints()
+        until("there was another checkpoint", lambda: training.checkpoints() - before, training.over)
+    assert len(training.lines()) < EPOCHS
+    assert not left_of(titled(below(raylet_of(cluster.head_node)), TRAINER), SECONDS_TO_END)
+    with start("killed-driver", "--workers", "2", "--resume", RAY_ADDRESS=cluster.address) as training:
+        training.ends_well()
+    end_alike(undisturbed, training)
+
+
+def test_a_lost_node_leaves_fewer_workers_who_go_on(start, cluster, slots):
+    flags = ["--workers", "1:2", "--train.worker-resources", "slot", "1", "--train.max-failures", "1"]
+    with start("lost-node", *flags, RAY_ADDRESS=cluster.address) as training:
+        until("it had validated", training.has_validated(1), training.over)
+        [lost] = [node for node in slots if titled(below(raylet_of(node)), TRAINER)][:1]
+        cluster.remove_node(lost, allow_graceful=False)
+        assert len(training.lines()) < EPOCHS
+        assert training.ends_well()["epochs"] == EPOCHS
+    goes_through_all_samples(training)
+
+
+def test_a_node_that_is_announced_to_go_costs_no_failure_and_no_step(start, cluster, slots):
+    """With far checkpoints, so that only the one made because of the announcement can have kept the steps."""
+    rare = ["--train.checkpoint-steps", "1000", "--train.epochs", "2", "--train.batch-size", "1"]
+    flags = ["--workers", "1:2", "--train.worker-resources", "slot", "1", "--train.max-failures", "0", *rare]
+    with start("preempted", *flags, RAY_ADDRESS=cluster.address) as training:
+        node = slots[1]
+        until("a worker was there", lambda: titled(below(raylet_of(node)), TRAINER), training.over)
+        announce(cluster.address, node.node_id, seconds=60)
+        until("there was a checkpoint", training.checkpoints, training.over)
+        assert not training.lines()
+        cluster.remove_node(node, allow_graceful=False)
+        assert training.ends_well()["epochs"] == 2
+    goes_through_all_samples(training)
+
+
+def announce(address: str, node: str, seconds: int) -> None:
+    """Tell Ray, as a cloud's agent does, that a node will be taken away."""
+    where = ["--address", address, "--node-id", node, "--deadline-remaining-seconds", str(seconds)]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *where, *why], check=True)
+
+
+def goes_through_all_samples(training: Training) -> None:
+    """Assert that a run of changing numbers of workers has done all of its epochs."""
+    lines = training.lines()
+    assert [line["epoch"] for line in lines] == list(range(len(lines)))
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)

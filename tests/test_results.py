@@ -1,0 +1,101 @@
+"""Pictures of finished runs; the scores and exports of runs are tested where they are made."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
+from motor_ray.archive.manifest import make_manifest
+from motor_ray.archive.volumes import write_volume
+from motor_ray.config import EvaluateSettings, RunSettings, settings_from
+from motor_ray.errors import RunError
+from motor_ray.results import draw_dataset_check, draw_validation
+from motor_ray.storage import join, write_json, write_table
+from motor_ray.tables import MOTORS
+
+SHAPE, SPACING = (12, 64, 80), 50.0
+TRUTH = {"a": [(3.0, 20.0, 30.0), (9.0, 50.0, 70.0)], "b": [(6.0, 10.0, 10.0)], "c": [], "other": [(1.0, 1.0, 1.0)]}
+FOUND = [("a", 3, 22, 30, 0.9), ("a", 6, 5, 5, 0.7), ("c", 11.6, 40, 40, 0.4), ("b", 6, 10, 10, 0.1)]
+SETTINGS = settings_from({"frame": {"size": 64}, "targets": {"box_pixels": 20, "fade_angstrom": 60}})
+EVALUATE = EvaluateSettings(threshold=0.3, radius_angstrom=300)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> pa.Table:
+    """Four tomograms of noise, as JPEG slices."""
+    for name in TRUTH:
+        volume = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
+        write_volume(tmp_path / "archive", name, volume, SPACING, "jpeg")
+    return make_manifest(str(tmp_path / "archive"), SETTINGS.archive)
+
+
+@pytest.fixture
+def labels() -> Labels:
+    tomograms = [(name, *SHAPE, SPACING, len(motors)) for name, motors in TRUTH.items()]
+    motors = [(name, *motor) for name, places in TRUTH.items() for motor in places]
+    return Labels(pd.DataFrame(tomograms, columns=TOMOGRAM_COLUMNS), pd.DataFrame(motors, columns=MOTOR_COLUMNS))
+
+
+def finished_run(folder: Path, manifest: pa.Table, found: list[tuple[Any, ...]] = FOUND) -> str:
+    """What draws from a run reads of it; it looked at all tomograms but "other"."""
+    rows = [dict(zip(("tomo_id", "z", "y", "x", "score"), motor, strict=True)) for motor in found]
+    more = {"height": 10.0, "width": 10.0, "n_slices": 3, "voxel_spacing_angstrom": SPACING}
+    looked_at = [row for row in manifest.to_pylist() if row["tomo_id"] != "other"]
+    write_json(join(str(folder), "run.json"), {"status": "done", "settings": SETTINGS.model_dump(mode="json")})
+    write_table(pa.Table.from_pylist(looked_at, manifest.schema), join(str(folder), "tomograms.parquet"))
+    write_table(pa.Table.from_pylist([row | more for row in rows], MOTORS), join(str(folder), "motors.parquet"))
+    return str(folder)
+
+
+def height_of(path: Path) -> int:
+    picture = cv2.imread(str(path))
+    assert picture is not None
+    return int(picture.shape[0])
+
+
+def test_the_page_of_a_validation_counts_what_was_found_missed_and_false(
+    manifest: pa.Table, labels: Labels, tmp_path: Path
+) -> None:
+    run, page = finished_run(tmp_path / "run", manifest), tmp_path / "page.png"
+    counts = draw_validation(manifest, labels, run, str(page), EVALUATE)
+    assert counts == {"found": 1, "missed": 2, "false": 2}
+    few = draw_validation(manifest, labels, run, str(tmp_path / "few.png"), EVALUATE, most=1)
+    assert few == counts
+    perfect = [(name, *motor, 0.8) for name, motors in TRUTH.items() for motor in motors if name != "other"]
+    run = finished_run(tmp_path / "perfect", manifest, perfect)
+    assert draw_validation(manifest, labels, run, str(tmp_path / "perfect.png"), EVALUATE) == {
+        "found": 3,
+        "missed": 0,
+        "false": 0,
+    }
+    assert height_of(tmp_path / "perfect.png") < height_of(page)
+
+
+def test_motors_on_slices_that_cannot_be_read_are_counted_and_not_drawn(
+    manifest: pa.Table, labels: Labels, tmp_path: Path
+) -> None:
+    run, whole, torn = finished_run(tmp_path / "run", manifest), tmp_path / "whole.png", tmp_path / "torn.png"
+    counts = draw_validation(manifest, labels, run, str(whole), EVALUATE)
+    (tmp_path / "archive" / "a" / "slice_0003.jpg").unlink()
+    (tmp_path / "archive" / "b" / "slice_0006.jpg").write_bytes(b"torn")
+    assert draw_validation(manifest, labels, run, str(torn), EVALUATE) == counts
+    assert height_of(torn) < height_of(whole)  # nothing to show of the one that was found
+
+
+def test_an_unfinished_run_has_no_page(manifest: pa.Table, labels: Labels, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run\.json"):
+        draw_validation(manifest, labels, str(tmp_path / "none"), str(tmp_path / "page.png"), EVALUATE)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, settings_from({"frame": {"size": 64}})])
+def test_the_check_of_the_data_draws_targets_that_fade_or_do_not(
+    manifest: pa.Table, labels: Labels, tmp_path: Path, settings: RunSettings
+) -> None:
+    drawn = draw_dataset_check(manifest, labels, settings, str(tmp_path / "check.png"))
+    assert drawn["tomograms"][0] == "c"
+    assert height_of(tmp_path / "check.png") > 500
