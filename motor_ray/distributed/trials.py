@@ -51,21 +51,21 @@ def run_trials(study: Study, trials: Sequence[Trial], *, halving: bool) -> list[
     With `halving`, those that are worse than others were at the same epoch are stopped, others of before included.
     Raises RunError if the cluster cannot hold a trial.
     """
-    most = study.workers[1]
-    with connected(slots_for(most, study.settings)):
+    todo = [trial.name for trial in trials if trial.status == "waiting"]
+    told = [trial.name for trial in trials if trial.status != "waiting"] if halving else []
+    if not todo:
+        return list(trials)
+    with connected(slots_for(study.workers[1], study.settings)):
         require_team(study.workers, study.settings)
         with progress_bar(study.kind, len(trials), "trials") as show:
             record = Record(study, trials, show)
-            todo = [trial.name for trial in trials if trial.status == "waiting"]
-            told = [trial.name for trial in trials if trial.status != "waiting"] if halving else []
             record.save()
-            if todo:
-                _run_on_tune(study, record, [*told, *todo], halving=halving)
+            _run_on_tune(study, record, [*told, *todo], halving=halving)
         clear_frames(study.frames, study.settings)
     return list(record.trials.values())
 
 
-def _run_on_tune(study: Study, record: "Record", names: list[str], *, halving: bool) -> None:
+def _run_on_tune(study: Study, record: Record, names: list[str], *, halving: bool) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     # On this node, because the others may come and go; and of the CPUs, which are for the workers, nothing.
     here = {f"node:{ray.util.get_node_ip_address()}": 1e-3}  # type: ignore[no-untyped-call]

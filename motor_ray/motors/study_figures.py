@@ -1,23 +1,18 @@
 """Pictures of studies: what each part of the recipe is worth, and how the score depends on each searched setting."""
 
-import io
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from motor_ray import storage
+from motor_ray.motors.picture import BLUE, GREY, ORANGE, write_picture
 
-MEAN = "#0072B2"
-STOPPED = "#999999"
-GIVEN = "#E69F00"
-"""Blue, grey and orange of Okabe and Ito: told apart with any colour vision."""
-
-DPI = 160
+ROOM = 0.04
+"""Share of its width that a panel has left and right of the range that was searched."""
 
 
 class VariantScores(NamedTuple):
@@ -57,16 +52,16 @@ def ablation_figure(uri: str, variants: Sequence[VariantScores], score: str) -> 
     for place, variant in enumerate(variants):
         if variant.scores:
             mean = float(np.mean(variant.scores))
-            axis.bar(place, mean, width=0.55, color=MEAN, alpha=0.3)
-            axis.annotate(f"{mean:.3f}", (place, 0), (0, 4), textcoords="offset points", ha="center", color=MEAN)
+            axis.bar(place, mean, width=0.55, color=BLUE, alpha=0.3)
+            axis.annotate(f"{mean:.3f}", (place, 0), (0, 4), textcoords="offset points", ha="center", color=BLUE)
     for seed in seeds:
         own = [dict(zip(variant.seeds, variant.scores, strict=True)).get(seed, math.nan) for variant in variants]
-        axis.plot(range(len(variants)), own, "o-", color=MEAN, markersize=5, linewidth=0.8, alpha=0.8)
+        axis.plot(range(len(variants)), own, "o-", color=BLUE, markersize=5, linewidth=0.8, alpha=0.8)
     axis.set_xticks(range(len(variants)), [variant.title for variant in variants])
     axis.set_xlim(-0.6, len(variants) - 0.4)
     _finish(axis, score)
     axis.set_ylim(bottom=0)
-    _write(uri, figure)
+    write_picture(uri, figure)
 
 
 def tuning_figure(uri: str, settings: Sequence[Searched], score: str, columns: int = 3) -> None:
@@ -88,20 +83,34 @@ def tuning_figure(uri: str, settings: Sequence[Searched], score: str, columns: i
         _finish(axis, score)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    _write(uri, figure)
+    write_picture(uri, figure)
 
 
 def _draw_setting(axis: Axes, setting: Searched) -> None:
     values, scores, done = np.array(setting.values), np.array(setting.scores), np.array(setting.done, dtype=bool)
+    low, high = setting.range
     if setting.logarithmic:
         axis.set_xscale("log")
-    axis.set_xlim(*setting.range)
-    axis.axvline(setting.given, color=GIVEN, linewidth=1.2, label="as given")
-    axis.plot(values[~done], scores[~done], "o", color=STOPPED, markersize=5, label="stopped early")
-    axis.plot(values[done], scores[done], "o", color=MEAN, markersize=6, label="trained to the end")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # in a range below a decade they run into one another
+        room = (high / low) ** ROOM
+        axis.set_xlim(low / room, high * room)
+    else:
+        room = (high - low) * ROOM
+        axis.set_xlim(low - room, high + room)
+    axis.axvline(setting.given, color=ORANGE, linewidth=1.2, label="as given")
+    axis.plot(values[~done], scores[~done], "o", color=GREY, markersize=5, label="stopped early")
+    axis.plot(values[done], scores[done], "o", color=BLUE, markersize=6, label="trained to the end")
     if done.any():
         best = int(np.argmax(np.where(done, scores, -np.inf)))
-        axis.plot(values[best], scores[best], "o", color=MEAN, markersize=13, markerfacecolor="none", label="best")
+        axis.plot(
+            values[best],
+            scores[best],
+            "o",
+            color=BLUE,
+            markersize=13,
+            markerfacecolor="none",
+            label="best",
+        )
     axis.set_xlabel(setting.title)
     _finish(axis, "")
 
@@ -110,10 +119,3 @@ def _finish(axis: Axes, score: str) -> None:
     axis.set_ylabel(score)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", linewidth=0.5, alpha=0.4)
-
-
-def _write(uri: str, figure: Figure) -> None:
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(picture, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    storage.write_bytes(uri, picture.getvalue())

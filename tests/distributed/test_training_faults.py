@@ -18,7 +18,10 @@ from ray.cluster_utils import Cluster
 
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
+from motor_ray.detector.description import describe_checkpoint
+from motor_ray.storage import exists, filesystem, join, list_names, write_bytes
 from tests.distributed.killers import TRAINER, below, kill, left_of, raylet_of, titled, until, workers_below
+from tests.fault_proxy import faulty
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -192,6 +195,39 @@ def announce(address: str, node: str, seconds: int) -> None:
     where = ["--address", address, "--node-id", node, "--deadline-remaining-seconds", str(seconds)]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "drain-node", *where, *why], check=True)
+
+
+def test_a_run_in_a_bucket_is_gone_on_with(archive, quick, s3, tmp_path):
+    """From the archive to the checkpoints, all is in object storage; requests fail now and then."""
+    folder = s3.folder()
+    files, path = filesystem(join(folder, "archive"))
+    files.put(f"{archive.uri}/", f"{path}/", recursive=True)
+    write_bytes(join(folder, "labels.csv"), Path(archive.labels_csv).read_bytes())
+    (tmp_path / "settings.yaml").write_text(quick.model_dump_json())
+    command = [sys.executable, "-m", "motor_ray.cli", "train", "--archive", join(folder, "archive")]
+    command += ["--labels", join(folder, "labels.csv"), "--config", str(tmp_path / "settings.yaml")]
+    command += ["--storage", folder, "--name", "run", "--train.tensorboard", "--train.tomograms", "end"]
+    metrics = join(folder, "run", "metrics.jsonl")
+    with faulty(s3.endpoint, 80, errors=0.03, resets=0.01, truncations=0.01) as proxy:
+        leads = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        leads |= {"AWS_ENDPOINT_URL": proxy.endpoint}
+        with (
+            (tmp_path / "log").open("wb") as log,
+            subprocess.Popen(command, stdout=log, stderr=log, env=leads) as first,
+        ):
+            until("it had validated", lambda: exists(metrics), lambda: first.poll() is not None)
+            left = workers_below(first.pid)
+            first.kill()
+        assert not left_of(left, SECONDS_TO_END)
+        done = subprocess.run([*command, "--resume"], env=leads, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        assert proxy.counts()["error"] > 10
+    result = json.loads(done.stdout)
+    assert result["epochs"] == EPOCHS
+    assert result["validation"]["tomograms"]["n_tomograms"] == 1
+    assert {"curve.png", "validation.png", "run.json"} <= set(list_names(join(folder, "run")))
+    assert describe_checkpoint(join(folder, "run", "best")).metrics == result["best"]
+    assert list_names(join(folder, "run", "tensorboard"))
 
 
 def goes_through_all_samples(training: Training) -> None:

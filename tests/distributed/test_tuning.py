@@ -2,10 +2,13 @@
 
 import json
 import time
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import ray
-import yaml
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as TuneTrial
 
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.config import RunSettings, read_settings, settings_from
@@ -19,6 +22,7 @@ from motor_ray.distributed.ablation import (
     table_rows,
     variants,
 )
+from motor_ray.distributed.progress import Board
 from motor_ray.distributed.study import SCORES, TOMOGRAM_SCORES, Study, Trial, changed, open_study, outcome
 from motor_ray.distributed.trials import Halving, at_a_time
 from motor_ray.distributed.tuning import as_yaml, best_trial, search_space, tune, tuning_trials
@@ -128,6 +132,27 @@ def test_scores_that_are_not_defined_are_dashes_and_no_zeros():
 )
 def test_as_many_trials_run_beside_one_another_as_the_nodes_hold(nodes, worker, workers, train, expected):
     assert at_a_time(nodes, worker, workers, settings_from({"train": train})) == expected
+
+
+def test_trials_worse_than_the_best_third_at_the_same_epoch_are_told_to_end():
+    told: list[str] = []
+    board = SimpleNamespace(count=lambda name, _: told.append(name))
+    halving = Halving(cast(Board, board), epochs=9)
+
+    def report(name: str, epochs: int, score: float) -> None:
+        one = cast(TuneTrial, SimpleNamespace(trial_id=name, config={"trial": name}))
+        if epochs == 1:
+            halving.on_trial_add(cast(TuneController, None), one)
+        assert halving.on_trial_result(None, one, {"epochs": epochs, "mAP@0.5": score}) == "CONTINUE"
+
+    for name, score in (("a", 0.5), ("b", 0.6), ("c", 0.4), ("d", 0.7)):
+        report(name, 1, score)
+    assert told == ["c"]
+    report("b", 2, 0.1)
+    report("b", 3, 0.1)
+    assert told == ["c"]  # nobody has got to the third epoch before
+    report("d", 3, 0.05)
+    assert told == ["c", "d"]
 
 
 def test_a_search_begins_with_the_settings_as_they_are_and_stays_within_its_ranges():
@@ -265,25 +290,23 @@ def test_an_ablation_leaves_a_run_for_each_trial_and_is_not_repeated(study, arch
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_search_names_what_failed_and_tries_it_again_when_it_goes_on(study, archive, quick, tmp_path, monkeypatch):
-    wild = tuning_trials(search_space(quick, learning_rate=False), 3, seed=quick.train.seed)
-    wild[2] = wild[2].model_copy(update={"changes": {"train": {"learning_rate": 1e30}}})
-    monkeypatch.setattr("motor_ray.distributed.tuning.tuning_trials", lambda *_: wild)
+    wild, fine = tuning_trials(search_space(quick, learning_rate=False), 2, seed=quick.train.seed)
+    wild = wild.model_copy(update={"changes": {"train": {"learning_rate": 1e30}}})
+    monkeypatch.setattr("motor_ray.distributed.tuning.tuning_trials", lambda *_: [wild, fine])
 
     def run(*, resume: bool):
         data = (study.manifest, archive.labels, quick, str(tmp_path), "study")
-        return tune(*data, trials=3, learning_rate=False, workers=(1, 1), resume=resume)
+        return tune(*data, trials=2, learning_rate=False, workers=(1, 1), resume=resume)
 
     first = run(resume=False)
-    assert list(first["failed"]) == ["trial-002"]
-    assert "is not finite" in first["failed"]["trial-002"]
-    best = read_settings(tmp_path / "study" / "best.yaml")
-    assert best == changed(quick, first["best"]["changes"])
-    assert yaml.safe_load((tmp_path / "study" / "best.yaml").read_text())["model"]["backbone"] == "resnet18"
+    assert list(first["failed"]) == ["trial-000"]
+    assert "is not finite" in first["failed"]["trial-000"]
+    assert (first["best"]["trial"], first["best"]["changes"]) == ("trial-001", fine.changes)
+    assert read_settings(first["config"]) == changed(quick, fine.changes)
     assert (tmp_path / "study" / "tuning.png").stat().st_size > 5000
-    names = ["trial-000", "trial-001", "trial-002"]
-    written = [(tmp_path / "study" / name / "run.json").stat().st_mtime_ns for name in names]
+    written = (tmp_path / "study" / "trial-001" / "run.json").stat().st_mtime_ns
     assert run(resume=True) == first
-    assert written[:2] == [(tmp_path / "study" / name / "run.json").stat().st_mtime_ns for name in names[:2]]
+    assert written == (tmp_path / "study" / "trial-001" / "run.json").stat().st_mtime_ns
 
 
 @pytest.mark.slow
