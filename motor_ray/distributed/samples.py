@@ -71,11 +71,11 @@ def with_labelled_spacing(manifest: pa.Table, labels: Labels) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=manifest.schema)
 
 
-def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings) -> pa.Table:
+def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings, seed: int) -> pa.Table:
     """A PLAN of single slices to learn from: slices near motors, and slices without one in the asked ratio.
 
     Where there are too few slices of tomograms without motor, or too few far from one, the others make up for them.
-    The same manifest, labels and settings give the same slices in the same order.
+    The same manifest, labels, settings and seed give the same slices in the same order.
     """
     shown: list[dict[str, Any]] = []
     far: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings) -> pa
         (far if len(motors) else empty).extend(slab_of(tomogram, [z]) for z in without)
     wanted = min(len(far) + len(empty), round(len(shown) * settings.train.negatives_per_positive))
     of_empty = min(len(empty), max(round(wanted * settings.train.empty_share), wanted - len(far)))
-    rng = np.random.default_rng(settings.train.seed)
+    rng = np.random.default_rng(seed)
     chosen = [*_some(empty, of_empty, rng), *_some(far, wanted - of_empty, rng)]
     return pa.Table.from_pylist(shown + chosen, schema=PLAN)
 

@@ -166,11 +166,13 @@ def count_tomograms(manifest: pa.Table, labels: Labels) -> dict[str, int]:
 def plan_part(manifest: pa.Table, labels: Labels, settings: RunSettings, tomo_ids: list[str], part: str) -> pa.Table:
     """The sample plan of a part of the split. Raises LabelsError if no slice of it shows a motor."""
     rows = [row for row in manifest.to_pylist() if row["tomo_id"] in set(tomo_ids)]
-    plan = sample_plan(pa.Table.from_pylist(rows, schema=manifest.schema), labels, settings)
+    # Runs that differ in their seed are validated on the same slices.
+    seed = settings.train.seed if part == "train" else settings.train.split_seed
+    plan = sample_plan(pa.Table.from_pylist(rows, schema=manifest.schema), labels, settings, seed)
     if len(plan) == 0:
         raise LabelsError(
             f"no motor is labelled in the {part} part of the archive ({len(tomo_ids)} of {len(manifest)} tomograms); "
-            "give more labelled tomograms, or another --train.seed"
+            "give more labelled tomograms, or another --train.split-seed"
         )
     return plan
 

@@ -42,7 +42,7 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def plan(manifest, archive, settings):
-    return sample_plan(manifest, archive.labels, settings)
+    return sample_plan(manifest, archive.labels, settings, 420)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def store(plan, archive, settings):
 
 def test_samples_show_a_motor_or_are_clearly_away_from_any(manifest, archive, settings):
     shown = empty = 0
-    for row in sample_plan(manifest, archive.labels, settings).to_pylist():
+    for row in sample_plan(manifest, archive.labels, settings, 420).to_pylist():
         [z] = row["zs"]
         distances = np.abs(archive.labels.motors_of(row["tomo_id"])[:, 0] - z) * row["voxel_spacing_angstrom"]
         near = distances.size and distances.min() <= settings.targets.reach_angstrom
@@ -63,14 +63,14 @@ def test_samples_show_a_motor_or_are_clearly_away_from_any(manifest, archive, se
 
 
 def test_every_motor_is_on_some_sample(manifest, archive, settings):
-    sampled = {(row["tomo_id"], row["zs"][0]) for row in sample_plan(manifest, archive.labels, settings).to_pylist()}
+    sampled = {(row["tomo_id"], row["zs"][0]) for row in sample_plan(manifest, archive.labels, settings, 420).to_pylist()}
     for tomo_id, z in archive.labels.motors[["tomo_id", "z"]].itertuples(index=False):
         reach = int(settings.targets.reach_angstrom / 24.0)
         assert any((tomo_id, round(z) + step) in sampled for step in range(-reach, reach + 1))
 
 
 def test_the_same_labels_and_settings_choose_the_same_samples(manifest, archive, settings):
-    assert sample_plan(manifest, archive.labels, settings) == sample_plan(manifest, archive.labels, settings)
+    assert sample_plan(manifest, archive.labels, settings, 420) == sample_plan(manifest, archive.labels, settings, 420)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -78,7 +78,7 @@ def test_slices_without_a_motor_come_from_tomograms_without_one_in_the_asked_sha
     """In tomograms that are tall enough for slices far from any motor."""
     tall = manifest.set_column(manifest.schema.get_field_index("size_z"), "size_z", pa.array([200] * len(manifest)))
     asked = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"empty_share": share}})
-    rows = sample_plan(tall, archive.labels, asked).to_pylist()
+    rows = sample_plan(tall, archive.labels, asked, 420).to_pylist()
     negatives = [row for row in rows if not shows(row, archive.labels, settings)]
     of_empty = sum(not len(archive.labels.motors_of(row["tomo_id"])) for row in negatives)
     assert of_empty == round(share * len(negatives))
