@@ -63,7 +63,9 @@ def test_samples_show_a_motor_or_are_clearly_away_from_any(manifest, archive, se
 
 
 def test_every_motor_is_on_some_sample(manifest, archive, settings):
-    sampled = {(row["tomo_id"], row["zs"][0]) for row in sample_plan(manifest, archive.labels, settings, 420).to_pylist()}
+    sampled = {
+        (row["tomo_id"], row["zs"][0]) for row in sample_plan(manifest, archive.labels, settings, 420).to_pylist()
+    }
     for tomo_id, z in archive.labels.motors[["tomo_id", "z"]].itertuples(index=False):
         reach = int(settings.targets.reach_angstrom / 24.0)
         assert any((tomo_id, round(z) + step) in sampled for step in range(-reach, reach + 1))
