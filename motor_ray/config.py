@@ -228,10 +228,11 @@ class TrainSettings(Settings):
     """Checkpoint whose weights training starts from, such as another run's best."""
 
     patience: int = Field(15, ge=1)
-    """Stop after so many validations without a better mAP@0.5; not with the cyclic schedule."""
+    """Stop after so many validations of which none was better, by mAP@0.5, or if that is equal by mAP@0.7 and 0.9; not
+    with the cyclic schedule."""
 
     negatives_per_positive: float = Field(1.0, ge=0)
-    """Slices without a motor for each slice with one."""
+    """Slices without a motor for each slice with one. Of a slice that makes several frames only one may show it."""
 
     empty_share: float = Field(0.5, ge=0, le=1)
     """Share of the slices without a motor that come from tomograms without one; the others lie far from any motor."""
@@ -261,7 +262,7 @@ class TrainSettings(Settings):
     """What else a worker takes, by the names of the cluster's resources."""
 
     cache: str | None = None
-    """Folder on every node's own disk for decoded frames; that of the Ray session when not given."""
+    """Folder on every node's own disk for decoded frames; one in the folder for temporary files when not given."""
 
     tensorboard: bool = True
     """Write metrics for TensorBoard to the run's folder."""
@@ -269,10 +270,10 @@ class TrainSettings(Settings):
     mlflow: str | None = None
     """Tracking URI of an MLflow server or database that metrics go to, as well; one that all nodes understand."""
 
-    seed: int = 420
+    seed: int = Field(420, ge=0)
     """Seed of the choice of slices, the initial weights and the augmentation."""
 
-    split_seed: int = 420
+    split_seed: int = Field(420, ge=0)
     """Seed of the split into tomograms to train on, to validate with and to leave alone."""
 
     @model_validator(mode="after")
@@ -368,6 +369,15 @@ class RunSettings(Settings):
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
+    @model_validator(mode="after")
+    def _frozen_statistics_come_from_somewhere(self) -> "RunSettings":
+        if self.train.batch_norm == "frozen" and self.model.pretrained == "none" and not self.train.start_from:
+            raise ValueError(
+                "train.batch_norm frozen keeps the statistics that the backbone came with, but model.pretrained is "
+                "none and there is no train.start_from; a network from random weights cannot learn so"
+            )
+        return self
+
 
 def settings_from(values: Mapping[str, Any], source: str = "settings") -> RunSettings:
     """Check `values`, a nested mapping such as a YAML file holds, against the tree.
@@ -407,6 +417,7 @@ TRAIN_HOW_NOT_WHAT = {
     *(f"archive.{name}" for name in HOW_NOT_WHAT["archive"]),
     *(f"detect.{name}" for name in HOW_NOT_WHAT["detect"]),
     *(f"train.{name}" for name in ("checkpoint_steps", "max_failures", "cache", "tensorboard", "mlflow")),
+    *(f"train.{name}" for name in ("worker_resources", "tomograms", "tomograms_epochs")),
 }
 """Settings with which, changed, a training run may go on all the same."""
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeGuard
+from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -186,8 +187,16 @@ def open_trackers(run_uri: str, name: str, settings: TrainSettings) -> Trackers:
 
 
 def check_trackers(settings: TrainSettings) -> None:
-    """Raises ConfigError if MLflow is asked for and is not installed, or does not take the URI; asks no server."""
+    """Raises ConfigError if MLflow is asked for and is not installed, or does not take the URI; asks no server.
+
+    Also if the URI holds a password, for settings are written to run.json and to every checkpoint.
+    """
     if settings.mlflow:
+        if "@" in urlsplit(settings.mlflow).netloc:
+            raise ConfigError(
+                "--train.mlflow: the URI holds a user or a password, which would be kept with every checkpoint; give "
+                "them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
         mlflow_client(settings.mlflow)
 
 

@@ -227,3 +227,9 @@ def test_an_mlflow_server_that_is_gone_does_not_end_a_run(tmp_path: Path, caplog
 def test_a_uri_that_mlflow_does_not_take_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"--train\.mlflow ftp://host: "):
         check_trackers(TrainSettings(mlflow="ftp://host"))
+
+
+def test_a_password_in_the_address_of_mlflow_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as failure:
+        check_trackers(TrainSettings(mlflow="https://me:hunter2@mlflow.lab/"))
+    assert "hunter2" not in str(failure.value)

@@ -5,7 +5,13 @@ from typing import TypeVar
 import torch
 import torch.distributed
 
+from motor_ray.errors import RunError
+
 T = TypeVar("T")
+
+
+class AgreedError(RunError):
+    """Why training cannot go on; all workers raise it, so that none waits for the others."""
 
 
 def gathered(own: list[T]) -> list[T]:

@@ -6,7 +6,7 @@ A frame of 720 x 720 is half a megabyte, so a day's training set fits a disk but
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,21 @@ def store_name(plan: pa.Table, settings: RunSettings) -> str:
     return "-".join([table_hash(plan), *map(settings_hash, pixels), *map(str, seen)])
 
 
-def require_room(folder: Path, plan: pa.Table, settings: RunSettings) -> None:
-    """Raises RunError if the disk of `folder` cannot take the frames of `plan`."""
-    tiles = (
-        len(frames_of((row["size_y"], row["size_x"]), row["voxel_spacing_angstrom"], settings.frame))
+def count_frames(plan: pa.Table, settings: RunSettings) -> int:
+    """How many frames the slices of a plan make."""
+    return sum(
+        len(row["zs"]) * len(frames_of((row["size_y"], row["size_x"]), row["voxel_spacing_angstrom"], settings.frame))
         for row in plan.to_pylist()
     )
-    wanted = sum(tiles) * settings.model.in_slices * settings.frame.size**2
+
+
+def require_room(folder: Path, plan: pa.Table, settings: RunSettings) -> None:
+    """Raises RunError if the disk of `folder` cannot take the frames of `plan`.
+
+    What was left there by a process that ended before all was written goes first.
+    """
+    (folder / FRAMES).unlink(missing_ok=True)
+    wanted = count_frames(plan, settings) * settings.model.in_slices * settings.frame.size**2
     free = shutil.disk_usage(folder).free - SPARE_BYTES
     if wanted > free:
         raise RunError(
@@ -79,11 +87,11 @@ def is_filled(folder: Path) -> bool:
 
 
 def _unread(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The FAILURES row of a slice that could not be read."""
+    """The FAILURES row, and the slab, of a slice that could not be read."""
     [entry] = row["loaded"]
     if entry["status"] == "ok":
         return None
-    return {name: row[name] for name in ("tomo_id", "uri")} | {name: entry[name] for name in ("z", "error")}
+    return {name: row[name] for name in ("slab_id", "tomo_id", "uri")} | {name: entry[name] for name in ("z", "error")}
 
 
 def _write_slice(
@@ -104,10 +112,14 @@ class FrameStore:
         index = json.loads((folder / INDEX).read_text())
         self._index: dict[str, int] = index["frames"]
         self.unread: list[dict[str, Any]] = index["unread"]
-        """FAILURES rows of slices that could not be read."""
+        """FAILURES rows of slices that could not be read, and the ids of their slabs."""
 
         shape = (len(self._index), settings.model.in_slices, settings.frame.size, settings.frame.size)
         self._frames = np.memmap(folder / FRAMES, np.uint8, "r", shape=shape) if self._index else np.empty(shape)
+
+    def leave_out(self, slab_ids: Collection[str]) -> None:
+        """Take these slices, too, as not readable."""
+        self._index = {name: place for name, place in self._index.items() if name.rpartition("/")[0] not in slab_ids}
 
     def frame(self, slice_id: str) -> NDArray[np.uint8] | None:
         """``(in_slices, size, size)`` of one frame of a slice; None if the slice could not be read."""

@@ -80,10 +80,11 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings.train, progress, self.frames_per_step)
         self.optimizer.zero_grad(set_to_none=True)
+        frames = sum(len(batch.slice_ids) for batch in coming)
         losses = []
         for number, batch in enumerate(coming, start=1):
             with self._together(number == len(coming)):
-                losses.append(self._backward(batch, len(coming)))
+                losses.append(self._backward(batch, len(batch.slice_ids) / frames))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.clip_norm)
         # All at once, so that a GPU is waited for once.
         rows = torch.stack([torch.stack([*parts.values()]) for parts in losses]).tolist()
@@ -99,7 +100,8 @@ class Learner:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(unwrap(self.model))
-        return {name: sum(column) / len(rows) for name, column in zip(losses[0], zip(*rows, strict=True), strict=True)}
+        shares = [len(batch.slice_ids) / frames for batch in coming]
+        return dict(zip(losses[0], np.average(rows, axis=0, weights=shares).tolist(), strict=True))
 
     def _together(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are summed over workers once, with the last batch of a step."""
@@ -107,8 +109,8 @@ class Learner:
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _backward(self, batch: Batch, batches: int) -> dict[str, torch.Tensor]:
-        """Add the gradient of one of a step's `batches`; returns the parts of its loss."""
+    def _backward(self, batch: Batch, share: float) -> dict[str, torch.Tensor]:
+        """Add the gradient of a batch, which has such a share of a step's frames; returns the parts of its loss."""
         images = standardise(self.here(batch.images))
         targets = Targets(*map(self.here, batch.targets))
         with self.precision():
@@ -116,7 +118,7 @@ class Learner:
         parts = detection_loss(prediction, targets, self.settings.loss)
         # A loss that is not finite may have a gradient that is; then the other workers would not know of it.
         sound = torch.where(parts["total"].detach().isfinite(), 1.0, math.nan)
-        (parts["total"] * sound / batches).backward()  # type: ignore[no-untyped-call]
+        (parts["total"] * sound * share).backward()  # type: ignore[no-untyped-call]
         return {name: part.detach() for name, part in parts.items()}
 
     @property

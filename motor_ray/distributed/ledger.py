@@ -47,7 +47,7 @@ def alone(out: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however
         except BlockingIOError:
-            raise RunError(f"{out}: another motor-ray detect is at work here; wait for it, or stop it") from None
+            raise RunError(f"{out}: another motor-ray is at work here; wait for it, or stop it") from None
         yield
 
 

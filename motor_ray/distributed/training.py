@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig
@@ -33,10 +34,12 @@ from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.distributed.cluster import connected, gpus, root_cause
+from motor_ray.distributed.frame_store import count_frames
+from motor_ray.distributed.ledger import alone
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import watched
 from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
-from motor_ray.distributed.team import require_team, slots_for, worker_resources
+from motor_ray.distributed.team import require_team, slots_for, team_of_this_machine, worker_resources
 from motor_ray.distributed.training_loop import rank_of
 from motor_ray.distributed.validation import EPOCHS, look_at_tomograms, validate_checkpoint
 from motor_ray.distributed.worker import PARTS, train_worker
@@ -96,7 +99,7 @@ def train(
     check_trackers(settings.train)
     storage = absolute(storage)
     run_uri = join(storage, name)
-    tomograms = count_tomograms(manifest, labels)
+    tomograms = compare_tomograms(manifest, labels)
     manifest = with_labelled_spacing(manifest, labels)
     split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.split_seed)
     plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in PARTS}
@@ -114,12 +117,18 @@ def train(
         return there
     run["frames"] = there.get("frames", run["frames"])
     started = time.monotonic()
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        workers = team_of_this_machine(workers, settings)
     with connected(slots_for(workers[0], settings)):
         require_team(workers, settings)
-        if not resume:
-            begin(run_uri, run, manifest, labels, plans, settings)
-        fit(run, settings, storage, name, workers, callbacks)
-        validation = final_look(run_uri, settings)
+        with alone(run_uri):
+            if not resume:
+                begin(run_uri, run, manifest, labels, plans, settings)
+            try:
+                fit(run, settings, storage, name, workers, callbacks)
+            finally:
+                draw_curve(run_uri)
+            validation = final_look(run_uri, settings)
         if frames is None:
             clear_frames(run["frames"], settings)
     result = run | {
@@ -153,14 +162,22 @@ def begin(
     write_json(join(run_uri, "run.json"), run | {"status": "running"})
 
 
-def count_tomograms(manifest: pa.Table, labels: Labels) -> dict[str, int]:
-    """How far archive and labels speak of the same tomograms."""
+def compare_tomograms(manifest: pa.Table, labels: Labels) -> dict[str, int]:
+    """How far archive and labels speak of the same tomograms; says so if they do not."""
     there, labelled = set(manifest["tomo_id"].to_pylist()), set(labels.tomograms["tomo_id"])
+    _warn_of("labelled", labelled, "in the archive", there)
+    _warn_of("in the archive", there, "labelled", labelled)
     return {
         "labelled": len(there & labelled),
         "without_labels": len(there - labelled),
         "labelled_but_not_there": len(labelled - there),
     }
+
+
+def _warn_of(what: str, ones: set[str], lacking: str, others: set[str]) -> None:
+    if odd := sorted(ones - others):
+        some = ", ".join(odd[:3])
+        log.warning("of %d tomograms that are %s, %d are not %s, such as %s", len(ones), what, len(odd), lacking, some)
 
 
 def plan_part(manifest: pa.Table, labels: Labels, settings: RunSettings, tomo_ids: list[str], part: str) -> pa.Table:
@@ -213,7 +230,8 @@ def fit(
     files, folder = arrow_filesystem(storage)
     train, run_uri = settings.train, join(storage, name)
     fewest, most = workers
-    with watched("training", run["slices"]["train"] * train.epochs, "slices") as board:
+    frames = count_frames(read_table(join(run_uri, "plan_train.parquet")), settings)
+    with watched("training", frames * train.epochs, "frames") as board:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -245,34 +263,50 @@ def fit(
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise UnfinishedError(
-                f"{run_uri}: training stopped: {root_cause(error)}; --resume goes on from the last checkpoint"
-            ) from error
+            why = board.read().reason or f"{root_cause(error)}; --resume goes on from the last checkpoint"
+            raise UnfinishedError(f"{run_uri}: training stopped: {why}") from error
         reason = board.read().reason
     if reason:
         raise UnfinishedError(f"{run_uri}: training stopped: {reason}")
 
 
 def final_look(run_uri: str, settings: RunSettings) -> dict[str, Any] | None:
-    """Scores of the best model on whole validation tomograms, and a page of what it found there; None if not asked."""
+    """Scores of the best model on whole validation tomograms, and a page of what it found there; None if not asked.
+
+    Raises UnfinishedError if that is not possible; the run goes on from here.
+    """
     if settings.train.tomograms == "no":
         return None
     found = join(run_uri, "validation", "best")
-    scores = look_at_tomograms(run_uri, join(run_uri, "best"), found)
+    try:
+        scores = look_at_tomograms(run_uri, join(run_uri, "best"), found)
+    except RunError as error:
+        raise UnfinishedError(f"{run_uri}: training is done, but not the look at whole tomograms: {error}") from error
     manifest, labels = read_table(join(run_uri, "manifest.parquet")), read_labels(join(run_uri, "labels.csv"))
     draw_validation(manifest, labels, found, join(run_uri, "validation.png"), settings.evaluate)
     return scores
 
 
+def draw_curve(run_uri: str) -> None:
+    """Draw the metrics of a run, as far as it has come."""
+    if exists(join(run_uri, "metrics.jsonl")):
+        scored = [look for look in looks_beside(run_uri) if "error" not in look]
+        training_curve(join(run_uri, "curve.png"), read_metrics(run_uri), scored)
+
+
+def looks_beside(run_uri: str) -> list[dict[str, Any]]:
+    """What came of the looks at whole tomograms beside training: scores, or an error."""
+    return [read_json(join(run_uri, EPOCHS, name)) for name in sorted(list_names(join(run_uri, EPOCHS)))]
+
+
 def what_came_out(run_uri: str) -> dict[str, Any]:
-    """What a run's files say of it; draws its curve."""
+    """What a run's files say of it."""
     lines = read_metrics(run_uri)
-    tomograms = [read_json(join(run_uri, EPOCHS, name)) for name in sorted(list_names(join(run_uri, EPOCHS)))]
-    training_curve(join(run_uri, "curve.png"), lines, tomograms)
     return {
         "epochs": lines[-1]["epoch"] + 1,
         "best": max(lines, key=rank_of),
         "unread": len(read_table(join(run_uri, "failures.parquet"))),
+        "failed_looks": [look for look in looks_beside(run_uri) if "error" in look],
         "model": join(run_uri, "best"),
     }
 

@@ -18,7 +18,8 @@ import torch
 
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from motor_ray.distributed.collectives import gathered, share_buffers
+from motor_ray.detector.device import can_compile
+from motor_ray.distributed.collectives import AgreedError, gathered, share_buffers
 from motor_ray.distributed.learner import Learner, NotFiniteError, prepared, unwrap
 from motor_ray.distributed.progress import Board
 from motor_ray.distributed.samples import Batch, Deal, Samples, batches, deals, epoch_order
@@ -30,8 +31,8 @@ from motor_ray.tracking import open_trackers
 SCORES = ("mAP@0.5", "mAP@0.7", "mAP@0.9")
 """The validation metrics by which epochs are compared; the later ones break ties."""
 
-PREEMPTION_STEPS = 20
-"""After so many steps workers ask whether one of their nodes is about to be taken away: together, which takes time."""
+PREEMPTION_BATCHES = 20
+"""After so many batches workers ask whether one of their nodes is about to go: together, which takes time."""
 
 BATCH_THREADS = 2
 """Threads of a worker that make batches ahead of it."""
@@ -55,23 +56,20 @@ class Course:
     history: list[dict[str, Any]] = field(default_factory=list)
     """The metrics of each validation."""
 
-    saved_for: list[str] = field(default_factory=list)
-    """Nodes that were about to be taken away when a checkpoint was kept because of them."""
-
 
 class Rate:
-    """How fast a worker is, and how long it waited for batches."""
+    """How fast a worker is since the rate was begun, whatever it did, and how long it waited for batches."""
 
     def __init__(self) -> None:
-        self.frames, self.waited, self.spent = 0, 0.0, 0.0
+        self.began, self.frames, self.waited = time.perf_counter(), 0, 0.0
 
-    def add(self, frames: int, waited: float, spent: float) -> None:
+    def add(self, frames: int, waited: float) -> None:
         """A step on so many frames was done."""
-        self.frames, self.waited, self.spent = self.frames + frames, self.waited + waited, self.spent + spent
+        self.frames, self.waited = self.frames + frames, self.waited + waited
 
     def summary(self, workers: int) -> dict[str, float]:
         """Images per second of all workers, and the share of the time that went in waiting."""
-        seconds = max(self.waited + self.spent, 1e-9)
+        seconds = time.perf_counter() - self.began
         return {"images_per_second": workers * self.frames / seconds, "wait_share": self.waited / seconds}
 
 
@@ -85,11 +83,16 @@ class TrainingLoop:
         self.samples, self.held_out = samples, held_out
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        if settings.train.compile and not can_compile(ray.train.torch.get_device()):
+            raise RunError(
+                "--train.compile: there is no compiler on this node (g++, or Triton for a GPU); leave it out"
+            )
         start = prepared(load_checkpoint(join(run_uri, "start")), settings.train)
         model = ray.train.torch.prepare_model(start)
         self.learner = Learner(model, settings, ray.train.torch.get_device(), self.workers)
         self.course = self.restored()
-        self.rate = Rate()
+        if self.rank == 0:
+            self.keep_best()  # again: the run may have ended between a checkpoint and what follows from it
 
     def run(self) -> None:
         """Epochs from where the run is until it is done."""
@@ -97,6 +100,7 @@ class TrainingLoop:
         with contextlib.ExitStack() as stack:
             if self.rank == 0:
                 self.trackers = stack.enter_context(open_trackers(self.run_uri, self.name, train))
+            self.rate = Rate()
             while self.course.epoch < train.epochs and not self.is_stuck():
                 self.run_epoch()
         if self.rank == 0:
@@ -121,11 +125,11 @@ class TrainingLoop:
                 got = time.perf_counter()
                 losses = self.step(own)
                 frames = sum(len(batch.slice_ids) for batch in own)
-                self.rate.add(frames, got - began, time.perf_counter() - got)
+                self.rate.add(frames, got - began)
                 self.advance(deal, losses)
 
     def step(self, own: list[Batch]) -> dict[str, float]:
-        """Learn from this worker's batches of a step. Raises RunError on all workers if a loss is not finite."""
+        """Learn from this worker's batches of a step. Raises AgreedError if a loss is not finite."""
         course = self.course
         # A function of the step, so that a run that goes on draws what one that was never stopped would.
         torch.manual_seed(hash((self.settings.train.seed, course.step, self.rank)))
@@ -133,7 +137,7 @@ class TrainingLoop:
             return self.learner.step(own, self.progress())
         except NotFiniteError as error:
             names = ", ".join(gathered(error.slice_ids)) or "none in particular: a gradient overflowed"
-            raise RunError(
+            raise AgreedError(
                 f"the loss of step {course.step} is not finite, on slices {names}; look at them, or lower "
                 "--train.learning-rate; checkpoints of before are kept"
             ) from None
@@ -173,26 +177,22 @@ class TrainingLoop:
         self.board.show(course.epoch * len(self.samples) + course.position, ", ".join(words))
 
     def is_losing_a_node(self) -> bool:
-        """Whether a node of ours is about to be taken away for which no checkpoint was kept yet."""
-        if self.course.step % PREEMPTION_STEPS:
-            return False
-        info = ray.train.get_preemption_info()
-        losing = sorted(info.preempted_node_ids) if info else []
-        new = bool(set(losing) - set(self.course.saved_for))
-        self.course.saved_for = losing
-        return new
+        """Whether a node of ours is about to be taken away: until it is, every answer leaves a checkpoint."""
+        every = max(PREEMPTION_BATCHES // self.settings.train.accumulate, 1)
+        return self.course.step % every == 0 and ray.train.get_preemption_info() is not None
 
     def validate(self, ended: bool) -> None:
         """Judge the held-out slices of all workers, keep the model if it is the best, and report."""
         course = self.course
         line = {"epoch": course.epoch, "step": course.step, **self.training_metrics(), **self.scores()}
         course.history.append(line)
-        course.losses, course.steps, self.rate = {}, 0, Rate()
+        course.losses, course.steps = {}, 0
         if ended:
             course.epoch, course.position = course.epoch + 1, 0
+        self.commit(line, self.looks_at_tomograms(ended))
         if self.rank == 0:
             self.keep(line, ended)
-        self.commit(line, self.looks_at_tomograms(ended))
+        self.rate = Rate()
 
     def training_metrics(self) -> dict[str, float]:
         """Mean losses since the last validation, and how fast it went."""
@@ -204,6 +204,8 @@ class TrainingLoop:
         share_buffers(self.learner.kept)
         own = range(self.rank, len(self.held_out), self.workers)
         judged = sorted(gathered(self.learner.judge(self.held_out, own)), key=lambda one: one.slice_id)
+        if not judged:
+            raise AgreedError(f"none of the {len(self.held_out)} validation slices can be read")
         found, truth = [(one.boxes, one.scores) for one in judged], [one.truth for one in judged]
         return slice_scores(found, truth, self.settings.detect.score_threshold)
 
@@ -213,12 +215,17 @@ class TrainingLoop:
         lines = "".join(json.dumps(one) + "\n" for one in course.history)
         write_bytes(join(self.run_uri, "metrics.jsonl"), lines.encode())
         self.trackers.log(course.step, line)
-        if validations_since_best(course.history) == 0:
-            save_checkpoint(join(self.run_uri, "best"), self.learner.kept, self.settings, line)
+        self.keep_best()
         cycle, rest = divmod(course.epoch, train.epochs // train.cycles) if train.schedule == "cyclic" else (0, 1)
         if ended and rest == 0:
             snapshot = join(self.run_uri, "snapshots", f"cycle_{cycle:02d}")
             save_checkpoint(snapshot, self.learner.kept, self.settings, line)
+
+    def keep_best(self) -> None:
+        """Keep the model if it was just validated, and is the best so far."""
+        course = self.course
+        if course.history and course.steps == 0 and validations_since_best(course.history) == 0:
+            save_checkpoint(join(self.run_uri, "best"), self.learner.kept, self.settings, course.history[-1])
 
     def looks_at_tomograms(self, ended: bool) -> "bool | ray.train.ValidationTaskConfig":
         """What Ray Train is to do with the checkpoint, beside the training that goes on."""

@@ -7,6 +7,7 @@ import ray.train
 from motor_ray.archive.labels import read_labels
 from motor_ray.config import settings_from
 from motor_ray.distributed.detect import detect
+from motor_ray.errors import MotorRayError
 from motor_ray.results import evaluate_run
 from motor_ray.storage import join, read_json, read_table, write_json
 from motor_ray.tables import FAILURES
@@ -26,9 +27,14 @@ def look_at_tomograms(run_uri: str, model: str, out: str) -> dict[str, Any]:
 
 
 def validate_checkpoint(checkpoint: ray.train.Checkpoint, run_uri: str, epoch: int) -> dict[str, Any]:
-    """What Ray Train runs beside training, with a checkpoint of the run; the tomogram scores after that epoch."""
+    """What Ray Train runs beside training, with a checkpoint of the run; the tomogram scores after that epoch.
+
+    What goes wrong is written down in their place: Ray Train would only log it, where nobody looks.
+    """
     model = join(run_uri, checkpoint.path.rstrip("/").rsplit("/", 1)[-1])
-    scores = look_at_tomograms(run_uri, model, join(run_uri, "validation", f"epoch_{epoch:04d}"))
-    tomograms = {"epoch": epoch - 1, **scores["tomograms"]}
-    write_json(join(run_uri, EPOCHS, f"{epoch:04d}.json"), tomograms)
-    return {f"tomogram_{name}": tomograms[name] for name in ("f2", "precision", "recall")}
+    try:
+        scores = look_at_tomograms(run_uri, model, join(run_uri, "validation", f"epoch_{epoch:04d}"))["tomograms"]
+    except MotorRayError as error:
+        scores = {"error": str(error)}
+    write_json(join(run_uri, EPOCHS, f"{epoch:04d}.json"), {"epoch": epoch - 1, **scores})
+    return {f"tomogram_{name}": scores[name] for name in ("f2", "precision", "recall") if name in scores}

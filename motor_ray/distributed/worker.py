@@ -4,13 +4,15 @@ Every collective call here is made by all workers, the same number of times.
 """
 
 import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import ray
+import ray.data
 import ray.train
 import ray.train.collective
 import torch
@@ -18,7 +20,7 @@ from ray.data import ActorPoolStrategy
 
 from motor_ray.archive.labels import Part, read_labels
 from motor_ray.config import RunSettings
-from motor_ray.distributed.collectives import gathered
+from motor_ray.distributed.collectives import AgreedError, gathered
 from motor_ray.distributed.frame_store import FrameStore, fill, is_filled, require_room, store_name
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.progress import Board
@@ -50,22 +52,29 @@ def train_worker(config: dict[str, Any]) -> None:
     """Train together with the other workers until done, or no longer better, or there is a reason to give up."""
     job = Job(**config)
     torch.set_num_threads(job.settings.train.worker_cpus)
+    if job.board.read().reason:
+        return  # Ray tries again after any error, but it would only happen again
     try:
         run(job)
     except OutageError:
         raise
-    except MotorRayError as error:
-        # All workers get here together. It would only happen again, so Ray must not try again, as it does if we raise.
+    except AgreedError as error:
         job.board.give_up(str(error))
+    except MotorRayError as error:
+        job.board.give_up(str(error))
+        raise  # the other workers know nothing of it, and would wait for this one for ever
 
 
 def run(job: Job) -> None:
     """One worker's part of the run."""
     plans = [read_table(join(job.run_uri, f"plan_{part}.parquet")) for part in PARTS]
     store = node_frames(job, pa.concat_tables(plans))
+    # What one node could not read no worker takes: they must agree about the samples.
+    unread = {row["slab_id"]: row for row in gathered(store.unread)}
+    store.leave_out(unread)
     if ray.train.get_context().get_world_rank() == 0:
-        unread = pa.Table.from_pylist(store.unread, schema=FAILURES)
-        write_table(unread, join(job.run_uri, "failures.parquet"))
+        rows = [unread[slab_id] for slab_id in sorted(unread)]
+        write_table(pa.Table.from_pylist(rows, schema=FAILURES), join(job.run_uri, "failures.parquet"))
     labels = read_labels(join(job.run_uri, "labels.csv"))
     samples, held_out = (Samples(plan, labels, job.settings, store) for plan in plans)
     TrainingLoop(job.name, job.run_uri, job.settings, samples, held_out, job.board).run()
@@ -74,7 +83,7 @@ def run(job: Job) -> None:
 def node_frames(job: Job, plan: pa.Table) -> FrameStore:
     """The frames of a plan of single slices on this node's disk, where one of its workers writes them if need be.
 
-    Raises RunError on all workers if a node's disk is too small.
+    Raises AgreedError if a node's disk is too small.
     """
     context = ray.train.get_context()
     folder = frames_below(job.settings) / f"{job.frames}-{store_name(plan, job.settings)}"
@@ -89,16 +98,13 @@ def node_frames(job: Job, plan: pa.Table) -> FrameStore:
             problem = f"node {context.get_node_rank()}: {error}"
     ray.train.collective.barrier()  # which unlike torch's does not lose patience with a large archive
     if problems := [one for one in gathered([problem]) if one]:
-        raise RunError(problems[0])
+        raise AgreedError(problems[0])
     return FrameStore(folder, job.settings)
 
 
 def frames_below(settings: RunSettings) -> Path:
-    """The folder for decoded frames on this node: that of the settings, else of the Ray session, which ends with it."""
-    if settings.train.cache:
-        return Path(settings.train.cache)
-    here = ray.get_runtime_context()
-    return Path(here.get_temp_dir(), here.get_session_name(), "motor_ray_frames")
+    """The folder for decoded frames on this node: that of the settings, else one of this user's for what may go."""
+    return Path(settings.train.cache or Path(tempfile.gettempdir(), f"motor-ray-frames-{os.getuid()}"))
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def tables_of(plan: pa.Table, settings: RunSettings) -> Iterator[pa.Table]:
         fn_constructor_kwargs={"settings": settings},
         batch_size=ROWS_AT_A_TIME,
         batch_format="pyarrow",
-        num_cpus=0.5,
+        num_cpus=0,  # workers that come and go may hold all CPUs; reading must begin all the same
         compute=ActorPoolStrategy(min_size=1, max_size=settings.detect.loaders or 2),
     )
     return iter(frames.iter_batches(batch_size=ROWS_AT_A_TIME, batch_format="pyarrow"))

@@ -75,8 +75,9 @@ class Train(OnLabels):
         run = train(
             data.manifest, data.labels, data.settings, self.storage, self.name, workers=workers, resume=self.resume
         )
-        names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "validation", "unread")
-        return {name: run[name] for name in names} | {"unusable": data.unusable}, bool(run["unread"] or data.unusable)
+        names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "validation", "unread", "failed_looks")
+        lost = run["unread"] or run["failed_looks"] or data.unusable
+        return {name: run[name] for name in names} | {"unusable": data.unusable}, bool(lost)
 
 
 @dataclass(frozen=True, kw_only=True)

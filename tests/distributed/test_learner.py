@@ -13,6 +13,7 @@ from motor_ray.config import TrainSettings, settings_from
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.learner import Learner, NotFiniteError, learning_rate, prepared
 from motor_ray.distributed.samples import Batch
+from motor_ray.errors import ConfigError
 from motor_ray.slices.targets import Targets, draw_targets
 
 
@@ -23,6 +24,9 @@ def changed(settings, **values):
 def learner_of(settings, seed=0):
     torch.manual_seed(seed)
     model = build_model(settings.model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)  # blocks that start as the identity would have no gradient if frozen
     return Learner(prepared(model, settings.train), settings, torch.device("cpu"))
 
 
@@ -62,7 +66,7 @@ def test_a_cyclic_schedule_starts_anew_with_every_cycle():
 
 def test_batches_that_are_accumulated_give_the_step_of_one_large_batch(settings):
     """With statistics that do not depend on the batch, and a centre in every frame."""
-    settings = changed(settings, batch_norm="frozen", mixed_precision=False)
+    settings = changed(settings, batch_norm="frozen", start_from="another run", mixed_precision=False)
     large = batch_of(settings, 1, frames=8)
     halves = [
         Batch(large.images[part], Targets(*(tensor[part] for tensor in large.targets)), large.slice_ids[part])
@@ -88,10 +92,11 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_slices(settings
 
 
 def test_frozen_statistics_stay_as_they_are_while_other_weights_learn(settings):
-    learner = learner_of(changed(settings, batch_norm="frozen"))
+    learner = learner_of(changed(settings, batch_norm="frozen", start_from="another run"))
     before = weights(learner)
     learner.step([batch_of(settings, 1)], 0.0)
     after = weights(learner)
+    assert all((before[name] != after[name]).any() for name in before if name.endswith("conv1.weight"))
     norms = {name for name in before if ".bn" in name or "downsample.1" in name}
     assert norms
     assert all((before[name] == after[name]).all() for name in norms)
@@ -129,6 +134,11 @@ def test_a_learner_that_is_restored_takes_the_same_steps_to_the_last_bit(setting
         learner.step([batch_of(settings, 2)], 0.2)
     ends = [learner.model.state_dict() | learner.kept.state_dict(prefix="kept.") for learner in (whole, again)]
     assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
+
+
+def test_statistics_cannot_be_frozen_where_there_are_none(settings):
+    with pytest.raises(ConfigError, match=r"a network from random weights cannot learn so"):
+        changed(settings, batch_norm="frozen")
 
 
 def test_cycles_that_do_not_divide_the_epochs_are_refused():

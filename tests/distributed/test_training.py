@@ -1,6 +1,7 @@
 """Training on a real Ray, on one worker and on two; the optimisation itself is tested without."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import root_cause
-from motor_ray.distributed.training import plan_part, run_at, train
+from motor_ray.distributed.training import compare_tomograms, plan_part, run_at, train
 from motor_ray.distributed.training_loop import rank_of, validations_since_best
-from motor_ray.errors import CheckpointError, LabelsError, RunError, UnfinishedError
+from motor_ray.errors import CheckpointError, LabelsError, RunError, StorageError, UnfinishedError
 
 
 @pytest.fixture
@@ -92,6 +93,58 @@ def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, setting
     wild = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | {"learning_rate": 1e30}})
     with pytest.raises(UnfinishedError, match=r"stopped: the loss of step \d is not finite, on slices tomo_\w+/"):
         train(manifest, archive.labels, wild, str(tmp_path), "run", workers=(1, 1), resume=False)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_cycles_leave_snapshots_and_a_run_may_start_from_another(manifest, archive, settings, checkpoint, tmp_path):
+    """With averaged weights, several batches a step, frozen statistics and more validations than epochs."""
+    asked = {
+        "schedule": "cyclic",
+        "cycles": 2,
+        "start_from": checkpoint,
+        "batch_norm": "frozen",
+        "ema_decay": 0.5,
+        "accumulate": 2,
+        "validate_steps": 4,
+        "tomograms": "end",
+    }
+    some = settings_from(settings.model_dump() | {"train": settings.train.model_dump() | asked})
+    run = train(manifest, archive.labels, some, str(tmp_path), "run", workers=(1, 1), resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    per_epoch = math.ceil(run["slices"]["train"] / 8)
+    assert [line["step"] for line in lines] == [
+        *range(4, per_epoch, 4),
+        per_epoch,
+        *range(8, 2 * per_epoch, 4),
+        2 * per_epoch,
+    ]
+    start, first, second = (
+        load_checkpoint(tmp_path / "run" / name).state_dict()
+        for name in ("start", "snapshots/cycle_01", "snapshots/cycle_02")
+    )
+    given = load_checkpoint(checkpoint).state_dict()
+    assert all((start[name] == given[name]).all() for name in given)
+    assert any((first[name] != second[name]).any() for name in first)
+    assert describe_checkpoint(tmp_path / "run" / "snapshots" / "cycle_02").metrics == lines[-1]
+    assert run["validation"]["tomograms"]["n_tomograms"] == 1
+    assert (tmp_path / "run" / "validation.png").exists()
+    assert (tmp_path / "run" / "curve.png").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_a_storage_that_cannot_be_written_is_noticed_before_the_first_epoch(manifest, archive, settings, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="cannot be"):
+        train(manifest, archive.labels, settings, str(tmp_path / "file"), "run", workers=(1, 1), resume=False)
+
+
+def test_labels_of_tomograms_that_are_not_there_are_told(manifest, archive, caplog):
+    counts = compare_tomograms(manifest.slice(2), archive.labels)
+    assert counts == {"labelled": 10, "without_labels": 0, "labelled_but_not_there": 2}
+    [warning] = caplog.messages
+    assert warning.startswith("of 12 tomograms that are labelled, 2 are not in the archive, such as tomo_")
 
 
 def test_weights_that_cannot_be_had_stop_a_run_before_it_starts(manifest, archive, settings, tmp_path):
