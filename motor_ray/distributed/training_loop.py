@@ -91,8 +91,6 @@ class TrainingLoop:
         model = ray.train.torch.prepare_model(start)
         self.learner = Learner(model, settings, ray.train.torch.get_device(), self.workers)
         self.course = self.restored()
-        if self.rank == 0:
-            self.keep_best()  # again: the run may have ended between a checkpoint and what follows from it
 
     def run(self) -> None:
         """Epochs from where the run is until it is done."""
@@ -100,6 +98,7 @@ class TrainingLoop:
         with contextlib.ExitStack() as stack:
             if self.rank == 0:
                 self.trackers = stack.enter_context(open_trackers(self.run_uri, self.name, train))
+                self.keep()  # again: the run may have ended between a checkpoint and what follows from it
             self.rate = Rate()
             while self.course.epoch < train.epochs and not self.is_stuck():
                 self.run_epoch()
@@ -189,9 +188,13 @@ class TrainingLoop:
         course.losses, course.steps = {}, 0
         if ended:
             course.epoch, course.position = course.epoch + 1, 0
+        if self.rank == 0:
+            # Before Ray Train hears of it, and may end the run.
+            text = "".join(json.dumps(one) + "\n" for one in course.history)
+            write_bytes(join(self.run_uri, "metrics.jsonl"), text.encode())
         self.commit(line, self.looks_at_tomograms(ended))
         if self.rank == 0:
-            self.keep(line, ended)
+            self.keep()
         self.rate = Rate()
 
     def training_metrics(self) -> dict[str, float]:
@@ -209,23 +212,19 @@ class TrainingLoop:
         found, truth = [(one.boxes, one.scores) for one in judged], [one.truth for one in judged]
         return slice_scores(found, truth, self.settings.detect.score_threshold)
 
-    def keep(self, line: dict[str, Any], ended: bool) -> None:
-        """Write down the metrics, and the model if it is the best so far or ends a cycle."""
+    def keep(self) -> None:
+        """If the model was just validated, tell trackers, and keep it if it is the best or ends a cycle."""
         course, train = self.course, self.settings.train
-        lines = "".join(json.dumps(one) + "\n" for one in course.history)
-        write_bytes(join(self.run_uri, "metrics.jsonl"), lines.encode())
+        if not course.history or course.steps:
+            return
+        line = course.history[-1]
         self.trackers.log(course.step, line)
-        self.keep_best()
+        if validations_since_best(course.history) == 0:
+            save_checkpoint(join(self.run_uri, "best"), self.learner.kept, self.settings, line)
         cycle, rest = divmod(course.epoch, train.epochs // train.cycles) if train.schedule == "cyclic" else (0, 1)
-        if ended and rest == 0:
+        if course.position == rest == 0:
             snapshot = join(self.run_uri, "snapshots", f"cycle_{cycle:02d}")
             save_checkpoint(snapshot, self.learner.kept, self.settings, line)
-
-    def keep_best(self) -> None:
-        """Keep the model if it was just validated, and is the best so far."""
-        course = self.course
-        if course.history and course.steps == 0 and validations_since_best(course.history) == 0:
-            save_checkpoint(join(self.run_uri, "best"), self.learner.kept, self.settings, course.history[-1])
 
     def looks_at_tomograms(self, ended: bool) -> "bool | ray.train.ValidationTaskConfig":
         """What Ray Train is to do with the checkpoint, beside the training that goes on."""
