@@ -68,8 +68,8 @@ class Sizes(NamedTuple):
     """For the parts loop and precision: the recipe's."""
 
     depth: int = 24
-    tomograms: int = 10
-    steps: int = 12
+    tomograms: int = 6
+    steps: int = 8
     rounds: int = 2
     """How often Ray Train's loop and the bare one take turns."""
 
