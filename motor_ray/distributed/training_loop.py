@@ -200,7 +200,8 @@ class TrainingLoop:
     def training_metrics(self) -> dict[str, float]:
         """Mean losses since the last validation, and how fast it went."""
         losses = {f"loss_{name}": value / self.course.steps for name, value in self.course.losses.items()}
-        return {**losses, "learning_rate": self.learner.rate, **self.rate.summary(self.workers)}
+        rate = {"learning_rate": self.learner.rate, "workers": self.workers, **self.rate.summary(self.workers)}
+        return losses | rate
 
     def scores(self) -> dict[str, Any]:
         """Average precision, precision and recall on all held-out slices; the same for every worker."""

@@ -176,6 +176,26 @@ def test_a_lost_node_leaves_fewer_workers_who_go_on(start, cluster, slots):
     goes_through_all_samples(training, EPOCHS)
 
 
+def test_a_node_that_comes_is_taken_in(start, cluster):
+    """Ray looks for room once a minute."""
+    long = ["--train.epochs", "60", "--train.patience", "60", "--train.checkpoint-steps", "1000"]
+    flags = ["--workers", "1:2", "--train.worker-resources", "slot", "1", *long]
+    first = cluster.add_node(**SLOT)
+    second = None
+    try:
+        with start("grown", *flags, RAY_ADDRESS=cluster.address) as training:
+            until("it had validated", training.has_validated(1), training.over)
+            second = cluster.add_node(**SLOT)
+            assert training.ends_well()["epochs"] == 60
+    finally:
+        for node in filter(None, (first, second)):
+            cluster.remove_node(node, allow_graceful=False)
+    workers = [line["workers"] for line in training.lines()]
+    assert workers == sorted(workers)
+    assert {1, 2} == set(workers)
+    goes_through_all_samples(training, 60)
+
+
 def test_a_node_that_is_announced_to_go_costs_no_failure(start, cluster, slots):
     """With far checkpoints, so that only the one made because of the announcement can have kept the steps."""
     rare = ["--train.checkpoint-steps", "1000", "--train.epochs", "2", "--train.batch-size", "1"]
