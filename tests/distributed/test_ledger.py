@@ -113,7 +113,7 @@ def test_slabs_that_nobody_noted_are_dropped_for_they_will_be_written_again(run)
 
 def test_two_runs_do_not_write_to_one_folder_at_a_time(tmp_path):
     out = str(tmp_path / "out")
-    with alone(out), pytest.raises(RunError, match="another motor-ray detect is at work here"), alone(out):
+    with alone(out), pytest.raises(RunError, match="another motor-ray is at work here"), alone(out):
         pass
     with alone(out):
         pass

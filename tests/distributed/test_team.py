@@ -2,6 +2,7 @@ import pytest
 import ray
 
 from motor_ray.config import settings_from
+from motor_ray.distributed.preflight import Room
 from motor_ray.distributed.team import holds, require_team, slots_for, worker_resources
 from motor_ray.errors import RunError
 
@@ -36,6 +37,7 @@ def cluster(monkeypatch):
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr("motor_ray.distributed.team.gpus", lambda: 1)
+    monkeypatch.setattr("motor_ray.distributed.team.room", lambda: Room(6, 1, 8 * 10**9, 10**9))
 
 
 @pytest.mark.usefixtures("cluster")
@@ -45,6 +47,17 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_with_how_many_fit(se
         require_team((2, 2), settings)
     with pytest.raises(RunError, match=r"hold 0 workers; add nodes"):
         require_team((1, 1), changed(settings, worker_cpus=3))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_that_can_train_but_not_look_at_tomograms_is_told_before(settings, monkeypatch):
+    require_team((1, 1), changed(settings, tomograms="end"))
+    monkeypatch.setattr("motor_ray.distributed.team.room", lambda: Room(4, 1, 8 * 10**9, 10**9))
+    require_team((1, 1), settings)
+    with pytest.raises(
+        RunError, match=r"--train.tomograms end: the cluster has 4 CPUs; .*or take --train.tomograms no"
+    ):
+        require_team((1, 1), changed(settings, tomograms="end"))
 
 
 @pytest.mark.usefixtures("cluster")
