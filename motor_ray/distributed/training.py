@@ -117,13 +117,15 @@ def train(
         return there
     run["frames"] = there.get("frames", run["frames"])
     started = time.monotonic()
+    # Made here, so that weights that cannot be had stop a run before it starts, and workers need no network.
+    start = None if resume else new_model(settings)
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
         workers = team_of_this_machine(workers, settings)
     with connected(slots_for(workers[0], settings)):
         require_team(workers, settings)
         with alone(run_uri):
-            if not resume:
-                begin(run_uri, run, manifest, labels, plans, settings)
+            if start is not None:
+                begin(run_uri, run, manifest, labels, plans, start, settings)
             try:
                 fit(run, settings, storage, name, workers, callbacks)
             finally:
@@ -147,14 +149,11 @@ def begin(
     manifest: pa.Table,
     labels: Labels,
     plans: Mapping[Part, pa.Table],
+    start: Detector,
     settings: RunSettings,
 ) -> None:
-    """Write what workers start from.
-
-    Made here, so that weights that cannot be had, or a storage that cannot be written, stop a run before it starts,
-    and workers need no network.
-    """
-    save_checkpoint(join(run_uri, "start"), new_model(settings), settings, {})
+    """Write what workers start from; a storage that cannot be written stops a run here."""
+    save_checkpoint(join(run_uri, "start"), start, settings, {})
     for part, plan in plans.items():
         write_table(plan, join(run_uri, f"plan_{part}.parquet"))
     write_table(manifest, join(run_uri, "manifest.parquet"))

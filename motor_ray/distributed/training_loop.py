@@ -88,7 +88,8 @@ class TrainingLoop:
                 "--train.compile: there is no compiler on this node (g++, or Triton for a GPU); leave it out"
             )
         start = prepared(load_checkpoint(join(run_uri, "start")), settings.train)
-        model = ray.train.torch.prepare_model(start)
+        # Gradients are summed where they lie, not copied there and back.
+        model = ray.train.torch.prepare_model(start, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
         self.learner = Learner(model, settings, ray.train.torch.get_device(), self.workers)
         self.course = self.restored()
 
