@@ -28,7 +28,7 @@ from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.bench.model import draw_frames
 from motor_ray.bench.timing import machine, time_in_turn
-from motor_ray.bench.verdict import judge
+from motor_ray.bench.verdict import Wanted, judge
 from motor_ray.config import RunSettings, settings_from
 from motor_ray.demo import simulate
 from motor_ray.detector.device import autocast_dtype, pick_device
@@ -44,7 +44,7 @@ from motor_ray.slices.targets import Targets
 Part = Literal["loop", "workers", "restart", "precision"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-WANTED = {
+WANTED: Wanted = {
     "step_time": ("<=", 1.03, "seconds an image of Ray Train's loop, over those of a bare loop on batches in memory"),
     "step_time_with_a_core_to_spare": ("<=", 1.03, "the same, on all cores but one, which is left to Ray's processes"),
     "wait_share": ("<=", 0.03, "share of its time that the loop waits for data, after the first epoch"),

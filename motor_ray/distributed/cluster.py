@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.data  # sets up the logger that is quietened below
@@ -66,9 +67,14 @@ def object_store_limit(limit: int) -> Iterator[None]:
         options.resource_limits = before
 
 
+def alive() -> list[dict[str, Any]]:
+    """What Ray says of each node that is there."""
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def nodes() -> int:
     """Nodes of the cluster that have CPUs for work."""
-    return max(sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()), 1)  # type: ignore[no-untyped-call]
+    return max(len([node for node in alive() if node["Resources"].get("CPU", 0) > 0]), 1)
 
 
 def gpus() -> int:

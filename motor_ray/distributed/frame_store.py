@@ -61,7 +61,7 @@ def require_room(folder: Path, plan: pa.Table, settings: RunSettings) -> None:
 def fill(folder: Path, tables: Iterable[pa.Table], settings: RunSettings, show: Callable[[int], None]) -> None:
     """Write the frames of FRAMES `tables` of single slices to `folder`; `show` is told how many slices are in.
 
-    Only what `is_filled` was written whole.
+    A folder that is not `is_filled` afterwards was not written whole.
     """
     index: dict[str, int] = {}
     unread: list[dict[str, Any]] = []

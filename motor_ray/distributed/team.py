@@ -3,10 +3,8 @@
 import logging
 from collections.abc import Iterable, Mapping
 
-import ray
-
 from motor_ray.config import RunSettings
-from motor_ray.distributed.cluster import gpus
+from motor_ray.distributed.cluster import alive, gpus
 from motor_ray.distributed.preflight import local_slots, plan_pools, room
 from motor_ray.errors import RunError
 from motor_ray.machine import cores
@@ -47,7 +45,7 @@ def holds(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> 
 def require_team(workers: tuple[int, int], settings: RunSettings) -> None:
     """Raises RunError if the cluster can never hold the fewest workers, and reading: Ray would wait for ever."""
     train, worker = settings.train, worker_resources(settings)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive()]
     there = holds(nodes, worker)
     spare = sum(node.get("CPU", 0) for node in nodes) - workers[0] * train.worker_cpus
     if train.batch_norm == "sync" and not gpus():
@@ -64,7 +62,10 @@ def require_team(workers: tuple[int, int], settings: RunSettings) -> None:
 
 def require_room_for_looks(workers: tuple[int, int], settings: RunSettings) -> None:
     """Raises RunError if whole tomograms can never be looked at when the settings want it."""
-    train, cluster = settings.train, room()
+    train = settings.train
+    if train.tomograms == "no":
+        return
+    cluster = room()
     beside = train.tomograms == "during"
     if beside and cluster.gpus and cluster.gpus <= workers[1]:
         raise RunError(
@@ -72,8 +73,6 @@ def require_room_for_looks(workers: tuple[int, int], settings: RunSettings) -> N
             f"{cluster.gpus}; ask for fewer workers, or take --train.tomograms end"
         )
     taken = workers[1] * train.worker_cpus if beside else 0
-    if train.tomograms == "no":
-        return
     try:
         plan_pools(cluster._replace(cpus=cluster.cpus - taken), settings.detect)
     except RunError as error:

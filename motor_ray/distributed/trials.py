@@ -21,7 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from motor_ray.config import RunSettings
-from motor_ray.distributed.cluster import connected, gpus, root_cause
+from motor_ray.distributed.cluster import alive, connected, gpus, root_cause
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import Board
 from motor_ray.distributed.study import GOAL, Record, Study, Trial, changed
@@ -66,7 +66,7 @@ def run_trials(study: Study, trials: Sequence[Trial], *, halving: bool) -> list[
 
 
 def _run_on_tune(study: Study, record: Record, names: list[str], *, halving: bool) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive()]
     # On this node, because the others may come and go; and of the CPUs, which are for the workers, nothing.
     here = {f"node:{ray.util.get_node_ip_address()}": 1e-3}  # type: ignore[no-untyped-call]
     room = at_a_time(nodes, worker_resources(study.settings), study.workers[1], study.settings)

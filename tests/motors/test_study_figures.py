@@ -36,6 +36,7 @@ def test_a_variant_without_a_score_is_an_empty_place(tmp_path):
         ablation_figure(str(tmp_path / "a.png"), [VariantScores("plain", [], [])], "mAP@0.5")
         some = [VariantScores("plain", [], []), VariantScores("+ CLAHE", [2], [0.6])]
         ablation_figure(str(tmp_path / "b.png"), some, "mAP@0.5")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_a_search_marks_what_was_stopped_what_was_not_and_what_was_given(tmp_path):
@@ -64,6 +65,7 @@ def test_a_search_without_a_score_is_drawn_without_warnings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuning_figure(str(tmp_path / "none.png"), [searched(values=[], scores=[], done=[])], "mAP@0.5")
+    assert cv2.imread(str(tmp_path / "none.png")) is not None
 
 
 def test_nothing_cannot_be_drawn(tmp_path):
