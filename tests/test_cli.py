@@ -76,6 +76,8 @@ def test_help_lists_all_verbs(arguments, capsys):
         ([*TRAIN, "--train.batch_size", "2", "--train.batch-size", "3"], "--train.batch-size: given more than once"),
         ([*TRAIN, "--train.mixed-precision", "--train.no-mixed-precision"], "mixed-precision: given more than once"),
         (["simulate", "--out", "s", "--seed", "-1"], "seed -1"),
+        (["simulate", "--out", "s", "--signal-to-noise", "0"], "signal_to_noise 0: expected"),
+        (["simulate", "--out", "s", "--clutter", "nan"], "clutter nan: expected"),
         (["demo", "--out", __file__], "cannot be made a folder"),
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),

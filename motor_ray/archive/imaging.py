@@ -9,6 +9,8 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
+from motor_ray.errors import TomogramError
+
 WAVELENGTH_ANGSTROM = 0.0197
 """Of electrons at 300 kV."""
 
@@ -41,12 +43,14 @@ class SimulationSettings:
     """How many distractors there are, relative to the usual; 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.signal_to_noise <= 0:
-            raise ValueError(f"signal_to_noise must be above 0, got {self.signal_to_noise:g}")
+        if not 0 < self.signal_to_noise < np.inf:
+            raise TomogramError(f"signal_to_noise {self.signal_to_noise:g}: expected a number above 0")
         if not 0 < self.tilt_degrees < 90:
-            raise ValueError(f"tilt_degrees must lie between 0 and 90, got {self.tilt_degrees:g}")
+            raise TomogramError(f"tilt_degrees {self.tilt_degrees:g}: expected an angle between 0 and 90")
         if not 0 < self.defocus_angstrom[0] <= self.defocus_angstrom[1]:
-            raise ValueError(f"defocus_angstrom must ascend from above 0, got {self.defocus_angstrom}")
+            raise TomogramError(f"defocus_angstrom {self.defocus_angstrom}: expected two numbers ascending from above 0")
+        if not 0 <= self.clutter < np.inf:
+            raise TomogramError(f"clutter {self.clutter:g}: expected 0 or more")
 
 
 def image_specimen(

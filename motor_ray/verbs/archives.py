@@ -28,8 +28,15 @@ class Simulate:
     voxel_spacing_angstrom: float | None = None
     """One voxel spacing for all; drawn from the public data's spacings when not given."""
 
+    signal_to_noise: float = 3.0
+    """How clear the tomograms are: density of a membrane over the noise in a voxel; below 1 is hard to see."""
+
+    clutter: float = 1.0
+    """How many beads, ribosomes, vesicles and other things that are no motors, relative to the usual."""
+
     def run(self) -> Result:
         """Write the tomograms."""
+        from motor_ray.archive.imaging import SimulationSettings
         from motor_ray.archive.simulate import simulate_archive
         from motor_ray.progress import progress_bar
 
@@ -41,6 +48,7 @@ class Simulate:
                 self.shape,
                 self.format,
                 voxel_spacing_angstrom=self.voxel_spacing_angstrom,
+                settings=SimulationSettings(signal_to_noise=self.signal_to_noise, clutter=self.clutter),
                 progress=show,
             )
         motors = len(labels.motors)
