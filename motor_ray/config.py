@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -379,18 +379,32 @@ class RunSettings(Settings):
         return self
 
 
+Tree = TypeVar("Tree", bound=Settings)
+
+
 def settings_from(values: Mapping[str, Any], source: str = "settings") -> RunSettings:
-    """Check `values`, a nested mapping such as a YAML file holds, against the tree.
+    """Check `values`, a nested mapping such as a YAML file holds, against the tree of a run; raises ConfigError."""
+    return checked(RunSettings, values, source)
+
+
+def checked(tree: type[Tree], values: Mapping[str, Any], source: str) -> Tree:
+    """`values`, a nested mapping, as settings of the kind `tree`.
 
     Raises ConfigError naming every setting that is wrong, with the nearest known name for an unknown one.
     """
     try:
-        return RunSettings.model_validate(values)
+        return tree.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(map(_sentence, error.errors()))) from None
+        sentences = [_sentence(one, tree) for one in error.errors()]
+        raise ConfigError(f"{source}: {'; '.join(sentences)}") from None
 
 
 def read_settings(path: str | Path) -> RunSettings:
+    """Read a YAML file of a run's settings; raises as `read_tree`."""
+    return read_tree(path, RunSettings)
+
+
+def read_tree(path: str | Path, tree: type[Tree]) -> Tree:
     """Read a YAML file of settings. Raises ConfigError if it is missing, not YAML, or names a wrong setting."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -399,12 +413,12 @@ def read_settings(path: str | Path) -> RunSettings:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
-        return RunSettings()
+        return tree()
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: holds a {type(values).__name__}, expected groups of settings such as 'train: {{epochs: 20}}'"
         )
-    return settings_from(values, str(path))
+    return checked(tree, values, str(path))
 
 
 HOW_NOT_WHAT = {
@@ -453,18 +467,17 @@ def settings_hash(settings: Settings) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
+def _sentence(error: Mapping[str, Any], tree: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}, got {error['input']!r}"
-    known = _known_names(error["loc"][:-1])
+    known = _known_names(error["loc"][:-1], tree)
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
     return f"{place}: unknown setting; {hint}"
 
 
-def _known_names(groups: tuple[str | int, ...]) -> list[str]:
-    model: type[BaseModel] = RunSettings
+def _known_names(groups: tuple[str | int, ...], model: type[BaseModel]) -> list[str]:
     for group in groups:
         annotation = model.model_fields[str(group)].annotation
         options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

@@ -56,5 +56,9 @@ class RunError(MotorRayError, RuntimeError):
     """A run cannot start."""
 
 
+class BusyError(MotorRayError, RuntimeError):
+    """There is no room for another request now; there may be in a moment."""
+
+
 class UnfinishedError(MotorRayError, RuntimeError):
     """A run started and did work, but failed, or its counts do not add up; the command line's exit code is 1."""

@@ -7,10 +7,11 @@ again as `settings` say; the clients are shared by all threads of a process.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -135,6 +136,40 @@ def write_bytes(uri: str, data: bytes, settings: ArchiveSettings = DEFAULTS) -> 
             os.replace(f"{path}.partial", path)
     except OSError as error:
         raise failure(uri, "cannot be written", error) from None
+
+
+@contextmanager
+def writing(uri: str, settings: ArchiveSettings = DEFAULTS) -> Iterator[BinaryIO]:
+    """A file to be written in pieces, of any size, to `uri`: there when the block ends, not at all if it raises.
+
+    Raises StorageError if it cannot be written.
+    """
+    files, path = filesystem(uri, settings)
+    partial = f"{path}.partial" if isinstance(files, LocalFileSystem) else None
+    try:
+        files.makedirs(files._parent(path), exist_ok=True)
+        file = files.open(partial or path, "wb")
+        try:
+            yield file
+        except BaseException:
+            _give_up(file, partial)
+            raise
+        file.close()
+        if partial:
+            os.replace(partial, path)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise failure(uri, "cannot be written", error) from None
+
+
+def _give_up(file: Any, partial: str | None) -> None:
+    if partial:
+        file.close()
+        os.unlink(partial)
+    else:
+        file.discard()  # else what was sent so far would become an object when it is closed
+        file.closed = True
 
 
 def read_json(uri: str, settings: ArchiveSettings = DEFAULTS) -> Any:

@@ -120,7 +120,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def tables_of(plan: pa.Table, settings: RunSettings) -> Iterator[pa.Table]:
-    """The FRAMES of a plan, through the same LoadSlab as detection."""
+    """The FRAMES of a plan, through the same LoadSlab as detection.
+
+    A node that is about to be taken away gets no new actors; there the slices are read in this process.
+    """
     blocks = [plan.slice(start, ROWS_AT_A_TIME) for start in range(0, len(plan), ROWS_AT_A_TIME)]
     frames = ray.data.from_arrow(blocks).map_batches(
         LoadSlab,
@@ -130,7 +133,14 @@ def tables_of(plan: pa.Table, settings: RunSettings) -> Iterator[pa.Table]:
         num_cpus=0,  # workers that come and go may hold all CPUs; reading must begin all the same
         compute=ActorPoolStrategy(min_size=1, max_size=settings.detect.loaders or 2),
     )
-    return iter(frames.iter_batches(batch_size=ROWS_AT_A_TIME, batch_format="pyarrow"))
+    tables = iter(frames.iter_batches(batch_size=ROWS_AT_A_TIME, batch_format="pyarrow"))
+    try:
+        first = next(tables)
+    except ray.exceptions.ActorUnschedulableError:
+        yield from map(LoadSlab(settings), blocks)
+    else:
+        yield first
+        yield from tables
 
 
 def teller(job: Job, slices: int) -> Any:
