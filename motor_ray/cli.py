@@ -18,11 +18,12 @@ from typing import Any
 import tyro
 
 from motor_ray import __version__
-from motor_ray.config import RunSettings, Settings, read_settings
+from motor_ray.config import RunSettings, Settings, read_tree
 from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
 from motor_ray.verbs.detection import Detect, Evaluate, Export
 from motor_ray.verbs.flags import Verb
+from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
 from motor_ray.verbs.training import Ablate, Train, Tune
 
@@ -35,6 +36,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "export": Export,
     "figure": Figure,
+    "serve": Serve,
     "ablate": Ablate,
     "tune": Tune,
     "bench": Bench,
@@ -110,11 +112,11 @@ def defaults(verb: type[Verb], arguments: Sequence[str]) -> Any:
     path = parser.parse_known_args(arguments)[0].config
     if path and "settings" in values:
         flags = type(values["settings"])
-        values["settings"] = part_of(read_settings(path), flags)
+        values["settings"] = part_of(read_tree(path, getattr(verb, "tree", RunSettings)), flags)
     return verb(**values)
 
 
-def part_of(settings: RunSettings, flags: type[Settings]) -> Settings:
+def part_of(settings: Settings, flags: type[Settings]) -> Settings:
     """The groups of `settings` that `flags` has."""
     return flags(**{name: getattr(settings, name) for name in flags.model_fields})
 

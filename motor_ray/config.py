@@ -448,7 +448,7 @@ def results_hash(settings: RunSettings) -> str:
 
 def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT."""
-    was, now = _flat(there), _flat(here)
+    was, now = flat(there), flat(here)
     return [
         f"{name} was {was.get(name)}, is {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
@@ -456,7 +456,7 @@ def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> l
     ]
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their whole names."""
     return {f"{group}.{name}": value for group, settings in values.items() for name, value in settings.items()}
 

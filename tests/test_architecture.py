@@ -16,7 +16,8 @@ ALLOWED = {
     "slices": BASE,
     "detector": BASE | {"slices"},
     "motors": BASE,
-    "distributed": BASE | {"archive", "slices", "detector", "motors", "results", "tracking", "progress"},
+    "service": BASE | {"archive", "motors"},
+    "distributed": BASE | {"archive", "slices", "detector", "motors", "results", "tracking", "progress", "service"},
     "results": BASE | {"archive", "slices", "motors", "views"},
     "views": BASE | {"archive", "slices", "motors"},
     "tracking": BASE,
@@ -32,7 +33,7 @@ ALLOWED = {
     "tables": set(),
     "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress", "results", "demo"},
     "demo": BASE | {"archive", "distributed", "results", "progress"},
-    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench"},
+    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench", "service"},
     "cli": BASE | {"verbs"},
 }
 """Which rooms, or modules at the top, each may import beside itself."""

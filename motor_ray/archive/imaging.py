@@ -48,7 +48,9 @@ class SimulationSettings:
         if not 0 < self.tilt_degrees < 90:
             raise TomogramError(f"tilt_degrees {self.tilt_degrees:g}: expected an angle between 0 and 90")
         if not 0 < self.defocus_angstrom[0] <= self.defocus_angstrom[1]:
-            raise TomogramError(f"defocus_angstrom {self.defocus_angstrom}: expected two numbers ascending from above 0")
+            raise TomogramError(
+                f"defocus_angstrom {self.defocus_angstrom}: expected two numbers ascending from above 0"
+            )
         if not 0 <= self.clutter < np.inf:
             raise TomogramError(f"clutter {self.clutter:g}: expected 0 or more")
 

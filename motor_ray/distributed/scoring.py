@@ -72,36 +72,43 @@ class ScoreFrames:
         seconds = 0.0
         if good:
             placement = frames_of(slice_shape, row["voxel_spacing_angstrom"], self.settings.frame)
-            looks, seconds = self._device.submit(self._look, self._images(row, pixels, len(placement))).result()
-            found = dict(zip(good, self._slices(row, looks, placement), strict=True))
+            images = images_of(row, pixels, len(placement), self.settings)
+            looks, seconds = self._device.submit(self._look, images).result()
+            found = dict(zip(good, found_on(row, looks, placement, self.settings), strict=True))
         nothing: dict[str, Any] = {"presence": None, "detections": []}
         slices = [entry | found.get(entry["z"], nothing) for entry in row["loaded"]]
         if self.report:
             self.report(row["tomo_id"], len(slices), seconds)
         return {"slab_id": row["slab_id"], "tomo_id": row["tomo_id"], "slices": slices}
 
-    def _images(self, row: Mapping[str, Any], pixels: NDArray[np.uint8], tiles: int) -> NDArray[np.uint8]:
-        """The ``(slices * tiles, channels, size, size)`` images of the good slices of a FRAMES row."""
-        size, channels = self.settings.frame.size, self.settings.model.in_slices
-        if channels == 1:
-            return pixels.reshape(-1, 1, size, size)
-        frames = pixels.reshape(-1, tiles, size, size)
-        seen = frames[np.reshape(row["channels"], (-1, channels))]  # slices, channels, tiles, y, x
-        return seen.swapaxes(1, 2).reshape(-1, channels, size, size)
-
     def _look(self, images: NDArray[np.uint8]) -> "tuple[list[Look], float]":
         """What the network says of each image, and for how many seconds it kept the device busy."""
         started = time.perf_counter()
         return self.look(images), time.perf_counter() - started
 
-    def _slices(self, row: Mapping[str, Any], looks: "list[Look]", placement: list[Frame]) -> list[dict[str, Any]]:
-        """What was found on each good slice of a FRAMES row, in slice voxels."""
-        tiles = len(placement)
-        radius = self.settings.link.merge_distance_angstrom / 2 / (row["voxel_spacing_angstrom"] or 1.0)
-        return [
-            slice_of(looks[start : start + tiles], placement, radius, self.settings.detect.max_detections)
-            for start in range(0, len(looks), tiles)
-        ]
+
+def images_of(
+    row: Mapping[str, Any], pixels: NDArray[np.uint8], tiles: int, settings: RunSettings
+) -> NDArray[np.uint8]:
+    """The ``(slices * tiles, channels, size, size)`` images of the good slices of a FRAMES row."""
+    size, channels = settings.frame.size, settings.model.in_slices
+    if channels == 1:
+        return pixels.reshape(-1, 1, size, size)
+    frames = pixels.reshape(-1, tiles, size, size)
+    seen = frames[np.reshape(row["channels"], (-1, channels))]  # slices, channels, tiles, y, x
+    return seen.swapaxes(1, 2).reshape(-1, channels, size, size)
+
+
+def found_on(
+    row: Mapping[str, Any], looks: "list[Look]", placement: list[Frame], settings: RunSettings
+) -> list[dict[str, Any]]:
+    """What was found on each good slice of a FRAMES row, in slice voxels."""
+    tiles = len(placement)
+    radius = settings.link.merge_distance_angstrom / 2 / (row["voxel_spacing_angstrom"] or 1.0)
+    return [
+        slice_of(looks[start : start + tiles], placement, radius, settings.detect.max_detections)
+        for start in range(0, len(looks), tiles)
+    ]
 
 
 def slice_of(looks: "list[Look]", placement: list[Frame], radius: float, most: int) -> dict[str, Any]:

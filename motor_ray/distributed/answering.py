@@ -1,0 +1,140 @@
+"""A model that answers single requests: an image file, or a slab of a tomogram, in; what was found on it, out.
+
+Plain classes that know neither Ray nor the web. The way of a slice is that of bulk detection: the same frames, the
+same network, the same boxes.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from motor_ray.archive.pictures import decode_picture
+from motor_ray.config import RunSettings
+from motor_ray.detector.looks import Look, Looker
+from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.scoring import found_on, images_of
+from motor_ray.errors import SliceCorruptError
+from motor_ray.slices.frame import Frame, frames_of
+from motor_ray.slices.preprocess import make_frames
+from motor_ray.slices.repair import Repair, find_repair, repaired
+
+
+class Prepared(NamedTuple):
+    """Slices that are ready for the network."""
+
+    row: Mapping[str, Any]
+    """Their FRAMES row, without pixels."""
+
+    images: NDArray[np.uint8]
+    """``(n, channels, size, size)``; several a slice where it takes several frames to cover it."""
+
+    placement: list[Frame]
+
+    started: float
+    """Seconds of the clock when preparing began, and"""
+
+    ready: float
+    """when it was done."""
+
+
+class Answer(NamedTuple):
+    """What was found on the slices of a Prepared."""
+
+    slices: list[dict[str, Any]]
+    """Like the entries of SLABS' ``slices``."""
+
+    seconds: dict[str, float]
+    """Of preparing, of waiting for the device, and of the network."""
+
+
+class Answerer:
+    """Owns a model. Any thread may prepare; `look` is for one thread, always the same."""
+
+    def __init__(self, model: str, sha256: str, settings: RunSettings, *, threads: int) -> None:
+        self.settings, self.sha256 = settings, sha256
+        # A network is not compiled for requests: each number of images would take half a minute the first time.
+        compiled: Literal["on", "off"] = "on" if settings.detect.compile == "on" else "off"
+        self.looker = Looker(model, settings.detect, threads=threads, compiled=compiled)
+        self.loader = LoadSlab(settings)
+
+    def warm_up(self) -> None:
+        """Look at one empty frame, so that the first request does not wait for what is done only once."""
+        size = self.settings.frame.size
+        self.looker(np.zeros((1, self.settings.model.in_slices, size, size), np.uint8))
+
+    def prepare_picture(self, data: bytes, spacing: float | None, most_pixels: int) -> Prepared:
+        """An image file as frames. Raises SliceCorruptError, or TomogramError for a spacing that cannot be."""
+        started = time.perf_counter()
+        image = decode_picture(data, "The image", most_pixels)
+        placement = frames_of((image.shape[0], image.shape[1]), spacing, self.settings.frame)
+        fault = self._find_repair(image)
+        try:
+            frames = make_frames(repaired(image, fault), placement, self.settings.preprocess)
+        except cv2.error as error:
+            raise SliceCorruptError(f"The image cannot be made a frame ({error.err})") from None
+        channels = self.settings.model.in_slices
+        row = {
+            "size_y": image.shape[0],
+            "size_x": image.shape[1],
+            "voxel_spacing_angstrom": spacing,
+            "loaded": [{"z": 0, "status": "ok", "error": None, "note": fault.note}],
+            "channels": [0] * channels,  # it stands for its neighbours, too, as at the end of a tomogram
+        }
+        images = images_of(row, frames, len(placement), self.settings)
+        return Prepared(row, images, placement, started, time.perf_counter())
+
+    def prepare_slab(self, plan: Mapping[str, Any]) -> Prepared:
+        """The slices of a PLAN row as frames; those that cannot be read have a status. Raises OutageError."""
+        started = time.perf_counter()
+        row = self.loader.load(plan)
+        frames = row.pop("frames")
+        if not len(frames):
+            size = self.settings.frame.size
+            nothing = np.empty((0, self.settings.model.in_slices, size, size), np.uint8)
+            return Prepared(row, nothing, [], started, time.perf_counter())
+        placement = frames_of((row["size_y"], row["size_x"]), row["voxel_spacing_angstrom"], self.settings.frame)
+        images = images_of(row, frames, len(placement), self.settings)
+        return Prepared(row, images, placement, started, time.perf_counter())
+
+    def look(self, together: Sequence[Prepared]) -> list[Answer]:
+        """What the network says of each, all of them passed through it together."""
+        began = time.perf_counter()
+        looks = self.looker(np.concatenate([one.images for one in together]))
+        ended = time.perf_counter()
+        ends = np.cumsum([len(one.images) for one in together])
+        answers = []
+        for one, end in zip(together, ends, strict=True):
+            own = looks[end - len(one.images) : end]
+            seconds = {"prepare": one.ready - one.started, "queue": began - one.ready, "model": ended - began}
+            answers.append(Answer(self._slices(one, own), {name: round(value, 6) for name, value in seconds.items()}))
+        return answers
+
+    def _slices(self, one: Prepared, looks: list[Look]) -> list[dict[str, Any]]:
+        found = iter(found_on(one.row, looks, one.placement, self.settings)) if looks else iter(())
+        nothing: dict[str, Any] = {"presence": None, "detections": []}
+        return [entry | (next(found) if entry["status"] == "ok" else nothing) for entry in one.row["loaded"]]
+
+    def _find_repair(self, image: NDArray[Any]) -> Repair:
+        if not self.settings.archive.repair:
+            return Repair(wrapped=False, inverted=False)
+        return find_repair([image], self.settings.preprocess)
+
+
+def picture_of(one: Prepared, answer: Answer, sha256: str) -> dict[str, Any]:
+    """What a request for an image gets to see. Raises SliceCorruptError if the network's answer is no number."""
+    (entry,) = answer.slices
+    if entry["status"] != "ok":
+        raise SliceCorruptError(f"The image: {entry['error']}")
+    return {
+        "model": sha256[:12],
+        "height": one.row["size_y"],
+        "width": one.row["size_x"],
+        "presence": entry["presence"],
+        "detections": entry["detections"],
+        "note": entry["note"],
+        "seconds": answer.seconds,
+    }

@@ -1,0 +1,240 @@
+"""Starts the endpoint, on a cluster or here, gives a running one other models, and stops it."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from motor_ray.config import flat
+from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, root_cause
+from motor_ray.distributed.serving import APP, application, model_cards
+from motor_ray.errors import ConfigError, RunError, UnfinishedError
+from motor_ray.machine import cores
+from motor_ray.service.jobs import Jobs
+from motor_ray.service.keys import needed_keys
+from motor_ray.service.settings import ServeSettings, ServiceSettings
+from motor_ray.storage import absolute
+
+log = logging.getLogger(__name__)
+
+
+def serve_models(settings: ServiceSettings) -> dict[str, Any]:
+    """Put the models of `settings` behind an endpoint.
+
+    With RAY_ADDRESS on that cluster, where it stays. Where an endpoint of ours listens already on the same port of
+    this machine, that one gets the models, without a request failing. Else here, until SIGINT or SIGTERM. Raises
+    ConfigError, RunError, CheckpointError or StorageError before anything is started, UnfinishedError if it did not
+    get ready.
+    """
+    settings = complete(settings)
+    check(settings)
+    if os.environ.get("RAY_ADDRESS"):
+        with joined("auto"):
+            deploy(settings)
+        return {"url": url(settings.serve), "cluster": os.environ["RAY_ADDRESS"]}
+    if running := running_here(settings.serve):
+        changed = changed_over(settings, running["settings"])
+        with joined(running["address"]):
+            deploy(changed)
+        log.info("the endpoint at %s has the new models", url(changed.serve))
+        return {"url": url(changed.serve), "pid": running["pid"]}
+    serve_until_stopped(settings)
+    return {"url": url(settings.serve), "stopped": True}
+
+
+def changed_over(asked: ServiceSettings, running: dict[str, Any]) -> ServiceSettings:
+    """The `running` settings with the models that are `asked` for.
+
+    Raises ConfigError if any other is asked for: what is not said again, such as a file of keys, must not be undone.
+    """
+    there, usual = ServiceSettings.model_validate(running), complete(ServiceSettings())
+    wanted, now, default = (flat(one.model_dump(mode="json")) for one in (asked, there, usual))
+    differing = [
+        f"{name} is {now[name]}, not {value}"
+        for name, value in wanted.items()
+        if value not in (now[name], default[name]) and name != "serve.models"
+    ]
+    if differing:
+        raise ConfigError(
+            f"{url(there.serve)} is running: {'; '.join(differing)}; stop it first to change more than models"
+        )
+    return there.model_copy(update={"serve": there.serve.model_copy(update={"models": asked.serve.models})})
+
+
+def stop_serving(settings: ServeSettings) -> dict[str, Any]:
+    """Stop the endpoint of the cluster of RAY_ADDRESS, or the one here. Raises RunError if there is none."""
+    if os.environ.get("RAY_ADDRESS"):
+        with joined("auto"):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        return {"stopped": os.environ["RAY_ADDRESS"]}
+    running = running_here(settings)
+    if not running:
+        raise RunError(f"{url(settings)}: no endpoint of ours listens here")
+    os.kill(running["pid"], signal.SIGTERM)
+    return {"stopped": running["pid"]}
+
+
+def complete(settings: ServiceSettings) -> ServiceSettings:
+    """`settings` with a place for tomograms, and paths that hold for other processes, too."""
+    serving = settings.serve
+    own = str(Path(tempfile.gettempdir(), f"motor-ray-served-{os.getuid()}"))
+    changes: dict[str, Any] = {"storage": absolute(serving.storage or own)}
+    if serving.keys_file:
+        changes["keys_file"] = absolute(serving.keys_file)
+    changes["models"] = {name: absolute(uri) for name, uri in serving.models.items()}
+    return settings.model_copy(update={"serve": serving.model_copy(update=changes)})
+
+
+def check(settings: ServiceSettings) -> None:
+    """Raises what makes it pointless to start."""
+    limits = settings.serve
+    needed_keys(limits)
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        path = getattr(limits, name)
+        if path and not os.access(path, os.R_OK):
+            raise ConfigError(f"serve.{name} {path}: cannot be read")
+    model_cards(settings)
+    Jobs(str(limits.storage), settings.archive).check()
+
+
+def serve_until_stopped(settings: ServiceSettings) -> None:
+    """Start Ray and the endpoint on this machine, and wait for SIGINT or SIGTERM; requests at work are finished."""
+    limits = settings.serve
+    require_port(limits)
+    stop = threading.Event()
+    with stopping(stop), local_ray(settings), noted(settings):
+        deploy(settings)
+        log.info("%s is ready: /docs describes the API; Ctrl-C stops it", url(limits))
+        stop.wait()
+        log.info("stopping, when the requests at work are done")
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def deploy(settings: ServiceSettings) -> None:
+    """Bring the application to the connected Ray, in place of what there is. Raises UnfinishedError."""
+    limits = settings.serve
+    secure = {"ssl_certfile": limits.ssl_certfile, "ssl_keyfile": limits.ssl_keyfile} if limits.ssl_certfile else {}
+    logging_config = {"encoding": "JSON", "enable_access_log": False}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(http_options={"host": limits.host, "port": limits.port, **secure}, logging_config=logging_config)
+        require_address(limits)
+        serve.run(application(settings), name=APP, route_prefix="/", logging_config=logging_config)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise UnfinishedError(f"{url(limits)}: the endpoint did not get ready: {root_cause(error)}") from error
+
+
+def require_address(limits: ServeSettings) -> None:
+    """Raises ConfigError if Serve was started before, to listen elsewhere: it would go on listening there."""
+    client = serve.context._get_global_client()
+    there = client.http_config if client else None
+    if there and (there.host, there.port) != (limits.host, limits.port):
+        raise ConfigError(
+            f"Ray Serve listens on {there.host}:{there.port} already, expected {limits.host}:{limits.port}; say "
+            f"--host {there.host} --port {there.port}, or shut it down first"
+        )
+
+
+@contextlib.contextmanager
+def local_ray(settings: ServiceSettings) -> Iterator[None]:
+    """A Ray of our own on this machine, with room for the detectors that there may be, and their successors."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    slots = 2 * settings.serve.max_detectors * (settings.serve.detector_cpus or cores()) + settings.serve.ingresses
+    ray.init(
+        address="local",
+        num_cpus=max(LOCAL_SLOTS, slots),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Connected to a Ray that is there. Raises RunError if it does not answer."""
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"{address}: no Ray answers ({' '.join(str(error).split())})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def stopping(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop` instead of ending this process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def noted(settings: ServiceSettings) -> Iterator[None]:
+    """A note of where our Ray is, for a later command that brings other models; only this user can read it."""
+    note = note_of(settings.serve)
+    address, values = ray.get_runtime_context().gcs_address, settings.model_dump(mode="json")
+    text = json.dumps({"pid": os.getpid(), "address": address, "settings": values})
+    with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        file.write(text)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def running_here(limits: ServeSettings) -> dict[str, Any] | None:
+    """The process, the Ray and the settings of an endpoint of ours on the same port; None if there is none."""
+    note = note_of(limits)
+    try:
+        if note.stat().st_uid != os.getuid():
+            return None
+        said: dict[str, Any] = json.loads(note.read_text())
+        os.kill(said["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return said
+
+
+def note_of(limits: ServeSettings) -> Path:
+    """Where `noted` writes."""
+    return Path(tempfile.gettempdir(), f"motor-ray-served-{os.getuid()}-{limits.port}.json")
+
+
+def require_port(limits: ServeSettings) -> None:
+    """Raises RunError if somebody else listens where we are to."""
+    with socket.socket(socket.AF_INET6 if ":" in limits.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((limits.host, limits.port))
+        except OSError as error:
+            raise RunError(
+                f"{limits.host}:{limits.port}: cannot listen here ({error.strerror}); give --port another one, or stop "
+                "who has it (after a kill -9 of motor-ray serve that is a process called haproxy)"
+            ) from None
+
+
+def url(limits: ServeSettings) -> str:
+    """Where the endpoint is."""
+    host = f"[{limits.host}]" if ":" in limits.host else limits.host
+    return f"http{'s' if limits.ssl_certfile else ''}://{host}:{limits.port}"

@@ -1,0 +1,221 @@
+"""Tomograms that were handed to the endpoint: looked at one after another, slab by slab, with its detectors.
+
+The same two looks as in bulk detection, on one tomogram:
+
+    record -> MANIFEST row -> first look -> slabs -> detectors -> second look -> slabs -> detectors -> motors -> record
+
+What is under way is known from the storage alone, so whoever comes after a process that died goes on.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from motor_ray.archive.discover import discover
+from motor_ray.archive.plan import looks, make_plan, z_stride
+from motor_ray.config import RunSettings
+from motor_ray.errors import MotorRayError, OutageError, TomogramError
+from motor_ray.motors.link import link_slabs, slices_of
+from motor_ray.motors.second_look import second_look
+from motor_ray.service.jobs import Jobs, Record
+from motor_ray.service.problems import OURS, describe, problem_of
+from motor_ray.service.results import motors_shown
+from motor_ray.service.settings import ServeSettings
+from motor_ray.tables import MANIFEST, SLABS
+
+SLAB_SLICES = 4
+"""Few, so that an image that comes in between does not wait long for the device."""
+
+SLABS_AHEAD = 2
+"""Slabs of a tomogram at the detectors at a time, for each detector that there may be: one is prepared meanwhile."""
+
+POLL_SECONDS = 2.0
+"""How long a tomogram waits at most if nobody says that it has come."""
+
+NOTE_SECONDS = 1.0
+"""How often the storage hears how far a tomogram is."""
+
+ATTEMPTS = 3
+"""Times that a tomogram is begun; one that ends its process each time is given up."""
+
+CLEAN_SECONDS = 600.0
+"""How often what is too old is removed."""
+
+AskSlab = Callable[[Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
+"""Takes a PLAN row and a model's name to a detector, and brings back a SLABS row, and the model's hash as ``model``."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class TomogramDesk:
+    """Takes tomograms from the queue and looks at them, a few side by side."""
+
+    def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, RunSettings], settings: ServeSettings) -> None:
+        self.jobs, self.ask, self.models, self.settings = jobs, ask, models, settings
+        self.bell = asyncio.Event()
+        self.at_work: dict[str, asyncio.Task[None]] = {}
+        self.ahead = SLABS_AHEAD * settings.max_detectors
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        cleaned = -CLEAN_SECONDS
+        while True:
+            self.bell.clear()
+            try:
+                await self.take_up()
+                if time.monotonic() - cleaned > CLEAN_SECONDS:
+                    cleaned = time.monotonic()
+                    await asyncio.to_thread(self.jobs.forget_old, self.settings.keep_hours)
+            except MotorRayError as error:
+                log.warning("tomograms cannot be taken up: %s", error)
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self.bell.wait()
+            except TimeoutError:
+                continue
+
+    async def take_up(self) -> None:
+        """Begin with those that wait, as far as there is room."""
+        waiting = [one for one in await asyncio.to_thread(self.jobs.waiting) if one not in self.at_work]
+        for job_id in waiting[: self.settings.tomograms_at_once - len(self.at_work)]:
+            task = asyncio.create_task(self.work(job_id))
+            self.at_work[job_id] = task
+            task.add_done_callback(lambda _, job_id=job_id: self._is_over(job_id))  # type: ignore[misc]
+
+    def _is_over(self, job_id: str) -> None:
+        del self.at_work[job_id]
+        self.bell.set()
+
+    async def work(self, job_id: str) -> None:
+        """Look at one tomogram, and note what was found or why nothing."""
+        record = await asyncio.to_thread(self.jobs.read, job_id)
+        if record is None:
+            return  # it was forgotten meanwhile
+        record["attempts"] += 1
+        try:
+            check_attempts(record)
+            await self._note(record, status="running", slices_done=0)
+            record |= await self.look_at(record)
+            record["status"] = "done"
+        except OutageError as error:
+            log.warning("tomogram %s: %s; it is begun again", job_id, error)
+            await asyncio.sleep(POLL_SECONDS)
+            await self._note(record, status="queued")
+            return
+        except MotorRayError as error:
+            problem = problem_of(error)
+            record |= {"status": "failed", "problem": describe(problem.status, problem.detail)}
+        except Exception:
+            log.exception("tomogram %s broke", job_id)
+            record |= {"status": "failed", "problem": describe(500, OURS[500])}
+        if await asyncio.to_thread(self.jobs.read, job_id):  # else it was forgotten meanwhile
+            await asyncio.to_thread(self.jobs.finish, record)
+
+    async def look_at(self, record: Record) -> Record:
+        """What was found in a tomogram: motors, failures, model and size."""
+        settings = self.models[record["model_name"]]
+        row = await asyncio.to_thread(manifest_row, record, self.jobs, settings)
+        record |= {name: row[name] for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom")}
+        stride = z_stride(row["voxel_spacing_angstrom"], settings)
+        slabs = await self._score(record, row, looks(row["size_z"], stride))
+        sizes, strides = {row["tomo_id"]: row["size_z"]}, {row["tomo_id"]: stride}
+        again = second_look(slabs, sizes, strides, settings.detect).get(row["tomo_id"], [])
+        slabs = pa.concat_tables([slabs, await self._score(record, row, again)])
+        return await asyncio.to_thread(found_in, slabs, row, settings)
+
+    async def _score(self, record: Record, row: Mapping[str, Any], zs: list[int]) -> pa.Table:
+        """The SLABS of some slices of a tomogram."""
+        plan = make_plan([dict(row)], {row["tomo_id"]: zs}, SLAB_SLICES).to_pylist()
+        await self._note(record, slices_planned=record["slices_planned"] + len(zs))
+        room, noted = asyncio.Semaphore(self.ahead), time.monotonic()
+
+        async def one(slab: Mapping[str, Any]) -> Mapping[str, Any]:
+            nonlocal noted
+            async with room:
+                answer = await self.ask(slab, record["model_name"])
+            record["model"] = answer["model"]
+            record["slices_done"] += len(slab["zs"])
+            if time.monotonic() - noted > NOTE_SECONDS:
+                noted = time.monotonic()
+                await self._note(record)
+            return answer
+
+        answers = await all_or_none(one(slab) for slab in plan)
+        rows = [{name: answer[name] for name in SLABS.names} for answer in answers]
+        return pa.Table.from_pylist(rows, schema=SLABS)
+
+    async def _note(self, record: Record, **changes: Any) -> None:
+        """Write down how far a tomogram is. Raises TomogramError if it was forgotten meanwhile."""
+        record |= changes
+        if await asyncio.to_thread(self.jobs.read, record["id"]) is None:
+            raise TomogramError("The tomogram was forgotten meanwhile")
+        await asyncio.to_thread(self.jobs.write, record)
+
+
+def check_attempts(record: Record) -> None:
+    """Raises TomogramError for one that was begun too often."""
+    if record["attempts"] > ATTEMPTS:
+        raise TomogramError(f"The tomogram was begun {ATTEMPTS} times, and ended the process each time")
+
+
+async def all_or_none(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of `asked` return; the first that raises ends the others, and is raised itself."""
+    tasks = [asyncio.create_task(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def manifest_row(record: Record, jobs: Jobs, settings: RunSettings) -> dict[str, Any]:
+    """The MANIFEST row of a tomogram that was handed in. Raises TomogramError if its URI leads to none, or several."""
+    if record["uri"] is None:
+        sizes = {name: record[name] for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom")}
+        return {
+            "tomo_id": record["id"],
+            "uri": jobs.volume(record["id"]),
+            "format": "mrc",
+            "chunk_depth": None,
+            **sizes,
+        }
+    found = one_tomogram(record["uri"], settings)
+    spacing = record["voxel_spacing_angstrom"] or found["voxel_spacing_angstrom"]
+    return {name: found.get(name) for name in MANIFEST.names} | {"voxel_spacing_angstrom": spacing}
+
+
+def one_tomogram(uri: str, settings: RunSettings) -> dict[str, Any]:
+    """The MANIFEST row of what lies at `uri`; not more is listed than it takes to know that it is one tomogram."""
+    rows: list[dict[str, Any]] = []
+    for found in discover(uri, settings.archive):
+        if found.failures:
+            raise TomogramError(found.failures[0]["error"])
+        rows += found.tomograms
+        if len(rows) > 1:
+            raise TomogramError(f"{uri}: holds several tomograms, such as {rows[0]['tomo_id']}; name one of them")
+    if not rows:
+        raise TomogramError(f"{uri}: holds no tomogram")
+    return rows[0]
+
+
+def found_in(slabs: pa.Table, row: Mapping[str, Any], settings: RunSettings) -> Record:
+    """What was found on the SLABS of a whole tomogram. Raises TomogramError if hardly any slice can be read."""
+    manifest = pa.Table.from_pylist([dict(row)], schema=MANIFEST)
+    slices = slices_of(slabs).sort_by("z")
+    bad = slices.filter(pc.not_equal(slices["status"], "ok"))
+    failures = [{"z": one["z"], "error": one["error"]} for one in bad.select(["z", "error"]).to_pylist()]
+    if len(failures) > (1 - settings.detect.good_share) * len(slices):
+        first = failures[0]
+        raise TomogramError(
+            f"Of the {len(slices)} slices that were looked at {len(failures)} cannot be read, such as slice "
+            f"{first['z']}: {first['error']}"
+        )
+    motors = link_slabs(slabs, manifest, settings.link).to_pylist()
+    return {"motors": motors_shown(motors), "failures": failures}
