@@ -16,8 +16,8 @@ import ray
 from ray import serve
 
 from motor_ray.config import flat
-from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, root_cause
-from motor_ray.distributed.serving import APP, application, model_cards
+from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, root_cause
+from motor_ray.distributed.serving import APP, Detector, application, model_cards
 from motor_ray.errors import ConfigError, RunError, UnfinishedError
 from motor_ray.machine import cores
 from motor_ray.service.jobs import Jobs
@@ -107,20 +107,24 @@ def check(settings: ServiceSettings) -> None:
     Jobs(str(limits.storage), settings.archive).check()
 
 
-def serve_until_stopped(settings: ServiceSettings) -> None:
+def serve_until_stopped(settings: ServiceSettings, detector_class: type[Detector] = Detector) -> None:
     """Start Ray and the endpoint on this machine, and wait for SIGINT or SIGTERM; requests at work are finished."""
     limits = settings.serve
     require_port(limits)
     stop = threading.Event()
-    with stopping(stop), local_ray(settings), noted(settings):
-        deploy(settings)
-        log.info("%s is ready: /docs describes the API; Ctrl-C stops it", url(limits))
-        stop.wait()
-        log.info("stopping, when the requests at work are done")
-        serve.shutdown()  # type: ignore[no-untyped-call]
+    with local_ray(settings), noted(settings):
+        try:
+            deploy(settings, detector_class)
+            with stopping(stop):  # only now: Ray, when it starts, takes SIGTERM for itself
+                log.info("%s is ready: /docs describes the API, %s has figures", url(limits), metrics_url())
+                log.info("Ctrl-C stops it")
+                stop.wait()
+            log.info("stopping, when the requests at work are done")
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]  # else HAProxy would live on
 
 
-def deploy(settings: ServiceSettings) -> None:
+def deploy(settings: ServiceSettings, detector_class: type[Detector] = Detector) -> None:
     """Bring the application to the connected Ray, in place of what there is. Raises UnfinishedError."""
     limits = settings.serve
     secure = {"ssl_certfile": limits.ssl_certfile, "ssl_keyfile": limits.ssl_keyfile} if limits.ssl_certfile else {}
@@ -129,7 +133,7 @@ def deploy(settings: ServiceSettings) -> None:
     try:
         serve.start(http_options={"host": limits.host, "port": limits.port, **secure}, logging_config=logging_config)
         require_address(limits)
-        serve.run(application(settings), name=APP, route_prefix="/", logging_config=logging_config)
+        serve.run(application(settings, detector_class), name=APP, route_prefix="/", logging_config=logging_config)
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise UnfinishedError(f"{url(limits)}: the endpoint did not get ready: {root_cause(error)}") from error
 
@@ -232,6 +236,12 @@ def require_port(limits: ServeSettings) -> None:
                 f"{limits.host}:{limits.port}: cannot listen here ({error.strerror}); give --port another one, or stop "
                 "who has it (after a kill -9 of motor-ray serve that is a process called haproxy)"
             ) from None
+
+
+def metrics_url() -> str:
+    """Where Prometheus reads the figures of this node."""
+    (node,) = alive()
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def url(limits: ServeSettings) -> str:

@@ -16,6 +16,7 @@ def variables(settings: ServeSettings) -> dict[str, str]:
     """
     always = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else a thousand lines wait to be written
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "motor_ray.service.door:doors",
     }
     if settings.ssl_certfile or sys.platform != "linux":
@@ -28,7 +29,8 @@ def set_here(settings: ServeSettings) -> None:
     """Set the variables for this process and the Ray that it will start; what the user has set stays."""
     # HAProxy's own ports are for its statistics; two endpoints on one machine must not want the same.
     ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("STATS", "METRICS")}
-    for name, value in (variables(settings) | ports).items():
+    here = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}  # 30 s are for load balancers of other machines
+    for name, value in (variables(settings) | ports | here).items():
         os.environ.setdefault(name, value)
 
 

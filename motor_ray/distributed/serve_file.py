@@ -11,18 +11,17 @@ from ray.serve.schema import ServeDeploySchema
 
 from motor_ray.distributed.serve_environment import variables
 from motor_ray.distributed.serving import APP
+from motor_ray.errors import ConfigError
 from motor_ray.service.settings import ServiceSettings
 from motor_ray.storage import write_bytes
 
 BUILDER = "motor_ray.distributed.serving:build"
 
 HEAD = """\
-# The endpoint for Ray's own `serve deploy`, written by
+# The endpoint for Ray's own `serve deploy`, as `motor-ray serve ... --write-config FILE` writes it: change it there.
 #
-#   motor-ray serve --model {model} --write-config serve.yaml
-#
-# Everything under `args` is a setting of `motor-ray serve`, and checked when it is deployed. Every node of the cluster
-# needs motor_ray installed, and these environment variables when Ray is started:
+# Under `args` stand settings of `motor-ray serve`, those that are not the defaults; they are checked when it is
+# deployed. Every node of the cluster needs motor_ray installed, and when Ray is started on it these variables:
 #
 {variables}
 """
@@ -30,6 +29,8 @@ HEAD = """\
 
 def write_serve_file(settings: ServiceSettings, out: str) -> dict[str, Any]:
     """Write the file to `out`. Raises ConfigError, or StorageError if it cannot be written."""
+    if settings.serve.storage is None:
+        raise ConfigError("serve.storage: a cluster needs a folder or s3:// prefix that all its nodes reach; give one")
     write_bytes(out, serve_file(settings).encode())
     return {"config": out}
 
@@ -53,7 +54,7 @@ def serve_file(settings: ServiceSettings) -> str:
     }
     check_serve_file(values)
     said = "\n".join(f"#   {name}={value}" for name, value in sorted(variables(limits).items()))
-    head = HEAD.format(model=limits.models.get("default"), variables=said)
+    head = HEAD.format(variables=said)
     return head + yaml.safe_dump(values, sort_keys=False)
 
 

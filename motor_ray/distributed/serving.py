@@ -69,6 +69,7 @@ class Detector:
         batches.set_max_batch_size(self.settings.serve.batch_images)
         batches.set_batch_wait_timeout_s(self.settings.serve.batch_wait_seconds)
         self.meter = DetectorMeter()
+        _log_as_serve()
         self.default = self.device.submit(self._load, DEFAULT_MODEL).result()
 
     async def picture(self, image: bytes, spacing: float | None) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class Ingress:
         """What Ray Serve calls with each request."""
         from motor_ray.service.app import create_app
 
+        _log_as_serve()
         jobs = Jobs(str(self.settings.serve.storage), self.settings.archive)
         # Here again, because the environment of a cluster's nodes need not be that of whoever deploys.
         keys = needed_keys(self.settings.serve)
@@ -222,6 +224,7 @@ class Tomograms:
     ) -> None:
         from motor_ray.distributed.tomograms import TomogramDesk
 
+        _log_as_serve()
         service = ServiceSettings.model_validate(settings)
         jobs = Jobs(str(service.serve.storage), service.archive)
         models = {name: settings_from(ModelCard(*card).settings) for name, card in cards.items()}
@@ -244,6 +247,13 @@ class Tomograms:
         """Raises what ended the work, so that Ray Serve starts it anew."""
         if self.work.done():
             self.work.result()
+
+
+def _log_as_serve() -> None:
+    """Our messages go where Ray Serve's go, in its format; it takes those of its own loggers only."""
+    ours = logging.getLogger("motor_ray")
+    ours.parent = logging.getLogger("ray.serve")
+    ours.setLevel(logging.INFO)
 
 
 class IngressMeter:
@@ -295,8 +305,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     return application(checked(ServiceSettings, arguments, "args"))
 
 
-def application(settings: ServiceSettings) -> serve.Application:
-    """The deployments."""
+def application(settings: ServiceSettings, detector_class: type[Detector] = Detector) -> serve.Application:
+    """The deployments; `detector_class` may have another device."""
     limits = settings.serve
     if limits.storage is None:
         raise ConfigError("serve.storage: a cluster needs a folder or s3:// prefix that all its nodes reach; give one")
@@ -304,7 +314,7 @@ def application(settings: ServiceSettings) -> serve.Application:
     surge = 100 if limits.replace == "after" else 0
     cpus, share = detector_resources(settings)
     detector = deployment(
-        Detector,
+        detector_class,
         settings,
         max_surge_percent=surge,
         ray_actor_options={"num_cpus": cpus, "num_gpus": share},

@@ -24,7 +24,9 @@ class Room:
 
     @contextmanager
     def for_bytes(self, size: int) -> Iterator[None]:
-        """Sets so many bytes aside; raises BusyError if there is no room for them."""
+        """Sets so many bytes aside; raises BusyError if there is no room now, ProblemError if there never is."""
+        if size > self.most:
+            raise ProblemError(413, f"The body has {size:,} bytes, expected at most {self.most:,}")
         if self.taken + size > self.most:
             raise BusyError(f"{self.taken:,} bytes of images are at work here, of {self.most:,} at most; try again")
         self.taken += size

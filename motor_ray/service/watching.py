@@ -76,7 +76,6 @@ class Watch:
             "route": route,
             "status": status,
             "milliseconds": round(seconds * 1000, 1),
-            "client": (scope.get("client") or ("unknown",))[0],
         }
         log.info(json.dumps(line))
 
