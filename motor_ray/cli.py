@@ -25,6 +25,7 @@ from motor_ray.verbs.detection import Detect, Evaluate, Export
 from motor_ray.verbs.flags import Verb
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
+from motor_ray.verbs.submitting import Submit
 from motor_ray.verbs.training import Ablate, Train, Tune
 
 VERBS: dict[str, type[Verb]] = {
@@ -39,6 +40,7 @@ VERBS: dict[str, type[Verb]] = {
     "serve": Serve,
     "ablate": Ablate,
     "tune": Tune,
+    "submit": Submit,
     "bench": Bench,
 }
 

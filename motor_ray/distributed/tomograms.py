@@ -8,10 +8,11 @@ What is under way is known from the storage alone, so whoever comes after a proc
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,10 +23,12 @@ from motor_ray.config import RunSettings
 from motor_ray.errors import MotorRayError, OutageError, TomogramError
 from motor_ray.motors.link import link_slabs, slices_of
 from motor_ray.motors.second_look import second_look
+from motor_ray.service.intake import check_volume
 from motor_ray.service.jobs import Jobs, Record
 from motor_ray.service.problems import OURS, describe, problem_of
 from motor_ray.service.results import motors_shown
 from motor_ray.service.settings import ServeSettings
+from motor_ray.service.together import all_or_none
 from motor_ray.tables import MANIFEST, SLABS
 
 SLAB_SLICES = 4
@@ -41,15 +44,13 @@ NOTE_SECONDS = 1.0
 """How often the storage hears how far a tomogram is."""
 
 ATTEMPTS = 3
-"""Times that a tomogram is begun; one that ends its process each time is given up."""
+"""Times that a tomogram is begun; one that ends its process, or its detectors, each time is given up."""
 
 CLEAN_SECONDS = 600.0
 """How often what is too old is removed."""
 
 AskSlab = Callable[[Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 """Takes a PLAN row and a model's name to a detector, and brings back a SLABS row, and the model's hash as ``model``."""
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +67,22 @@ class TomogramDesk:
     async def run(self) -> None:
         """Work until cancelled."""
         cleaned = -CLEAN_SECONDS
-        while True:
-            self.bell.clear()
-            try:
-                await self.take_up()
-                if time.monotonic() - cleaned > CLEAN_SECONDS:
-                    cleaned = time.monotonic()
-                    await asyncio.to_thread(self.jobs.forget_old, self.settings.keep_hours)
-            except MotorRayError as error:
-                log.warning("tomograms cannot be taken up: %s", error)
-            try:
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self.bell.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                self.bell.clear()
+                try:
+                    await self.take_up()
+                    if time.monotonic() - cleaned > CLEAN_SECONDS:
+                        cleaned = time.monotonic()
+                        await asyncio.to_thread(self.jobs.forget_old, self.settings.keep_hours)
+                except MotorRayError as error:
+                    log.warning("tomograms cannot be taken up: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self.bell.wait()
+        finally:
+            for task in self.at_work.values():
+                task.cancel()
 
     async def take_up(self) -> None:
         """Begin with those that wait, as far as there is room."""
@@ -87,21 +90,26 @@ class TomogramDesk:
         for job_id in waiting[: self.settings.tomograms_at_once - len(self.at_work)]:
             task = asyncio.create_task(self.work(job_id))
             self.at_work[job_id] = task
-            task.add_done_callback(lambda _, job_id=job_id: self._is_over(job_id))  # type: ignore[misc]
+            task.add_done_callback(lambda task, job_id=job_id: self._is_over(job_id, task))  # type: ignore[misc]
 
-    def _is_over(self, job_id: str) -> None:
+    def _is_over(self, job_id: str, task: asyncio.Task[None]) -> None:
         del self.at_work[job_id]
-        self.bell.set()
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            self.bell.set()
+        else:  # it is still in the queue, and is begun again, but not at once
+            log.error("tomogram %s: %s", job_id, error, exc_info=None if isinstance(error, MotorRayError) else error)
 
     async def work(self, job_id: str) -> None:
-        """Look at one tomogram, and note what was found or why nothing."""
-        record = await asyncio.to_thread(self.jobs.read, job_id)
+        """Look at one tomogram, and note what was found or why nothing. Raises StorageError if that cannot be noted."""
+        # Not from the list of those that wait: it may have been finished since that was made.
+        record = await asyncio.to_thread(self.jobs.begin, job_id)
         if record is None:
-            return  # it was forgotten meanwhile
+            return
         record["attempts"] += 1
         try:
             check_attempts(record)
-            await self._note(record, status="running", slices_done=0)
+            await self._note(record, status="running", slices_done=0, slices_planned=0)
             record |= await self.look_at(record)
             record["status"] = "done"
         except OutageError as error:
@@ -115,15 +123,18 @@ class TomogramDesk:
         except Exception:
             log.exception("tomogram %s broke", job_id)
             record |= {"status": "failed", "problem": describe(500, OURS[500])}
-        if await asyncio.to_thread(self.jobs.read, job_id):  # else it was forgotten meanwhile
-            await asyncio.to_thread(self.jobs.finish, record)
+        await asyncio.to_thread(self.jobs.finish, record)
 
     async def look_at(self, record: Record) -> Record:
         """What was found in a tomogram: motors, failures, model and size."""
-        settings = self.models[record["model_name"]]
+        settings = self.models.get(record["model_name"])
+        if settings is None:
+            raise TomogramError(f"The model {record['model_name']!r} is not served any more")
         row = await asyncio.to_thread(manifest_row, record, self.jobs, settings)
         record |= {name: row[name] for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom")}
-        stride = z_stride(row["voxel_spacing_angstrom"], settings)
+        spacing = row["voxel_spacing_angstrom"]
+        check_volume((row["size_z"], row["size_y"], row["size_x"]), spacing, self.settings.image_pixels)
+        stride = z_stride(spacing, settings)
         slabs = await self._score(record, row, looks(row["size_z"], stride))
         sizes, strides = {row["tomo_id"]: row["size_z"]}, {row["tomo_id"]: stride}
         again = second_look(slabs, sizes, strides, settings.detect).get(row["tomo_id"], [])
@@ -152,27 +163,19 @@ class TomogramDesk:
         return pa.Table.from_pylist(rows, schema=SLABS)
 
     async def _note(self, record: Record, **changes: Any) -> None:
-        """Write down how far a tomogram is. Raises TomogramError if it was forgotten meanwhile."""
+        """Write down how far a tomogram is. Raises TomogramError if there is no more to be done about it."""
         record |= changes
-        if await asyncio.to_thread(self.jobs.read, record["id"]) is None:
-            raise TomogramError("The tomogram was forgotten meanwhile")
-        await asyncio.to_thread(self.jobs.write, record)
+        if not await asyncio.to_thread(self.jobs.note, record):
+            raise TomogramError("The tomogram was forgotten, or finished elsewhere, meanwhile")
 
 
 def check_attempts(record: Record) -> None:
     """Raises TomogramError for one that was begun too often."""
     if record["attempts"] > ATTEMPTS:
-        raise TomogramError(f"The tomogram was begun {ATTEMPTS} times, and ended the process each time")
-
-
-async def all_or_none(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all of `asked` return; the first that raises ends the others, and is raised itself."""
-    tasks = [asyncio.create_task(one) for one in asked]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+        raise TomogramError(
+            f"The tomogram was begun {ATTEMPTS} times, and each time the process ended, or no detector or storage "
+            "answered; hand it in again"
+        )
 
 
 def manifest_row(record: Record, jobs: Jobs, settings: RunSettings) -> dict[str, Any]:
@@ -210,7 +213,11 @@ def found_in(slabs: pa.Table, row: Mapping[str, Any], settings: RunSettings) -> 
     manifest = pa.Table.from_pylist([dict(row)], schema=MANIFEST)
     slices = slices_of(slabs).sort_by("z")
     bad = slices.filter(pc.not_equal(slices["status"], "ok"))
-    failures = [{"z": one["z"], "error": one["error"]} for one in bad.select(["z", "error"]).to_pylist()]
+    # Where an uploaded tomogram lies is nobody's business.
+    failures = [
+        {"z": one["z"], "error": one["error"].replace(row["uri"], "the tomogram")}
+        for one in bad.select(["z", "error"]).to_pylist()
+    ]
     if len(failures) > (1 - settings.detect.good_share) * len(slices):
         first = failures[0]
         raise TomogramError(

@@ -53,7 +53,24 @@ class OnLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(OnLabels):
+class Resumable(OnLabels):
+    """What every verb is told whose work can be gone on with."""
+
+    resume: bool = False
+    """Go on with what is there of this name; what is done is not repeated."""
+
+    or_resume: bool = False
+    """As --resume if there is something of this name, else as without: for schedulers that start a job again."""
+
+    def goes_on(self, name: str, record: str) -> bool:
+        """Whether to go on with STORAGE/`name`, which is there if it has the file `record`."""
+        from motor_ray.storage import exists, join
+
+        return self.resume or (self.or_resume and exists(join(self.storage, name, record)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Resumable):
     """Train a detector on labelled tomograms."""
 
     name: str
@@ -63,9 +80,6 @@ class Train(OnLabels):
     """Processes that train together, one GPU each where there are GPUs; or MIN:MAX, as many as the cluster has room
     for, more or fewer as nodes come and go."""
 
-    resume: bool = False
-    """Go on with the run of this name where it stopped."""
-
     def run(self) -> Result:
         """Train."""
         from motor_ray.distributed.training import train
@@ -73,7 +87,13 @@ class Train(OnLabels):
         workers = workers_from(self.workers)
         data = self.read()
         run = train(
-            data.manifest, data.labels, data.settings, self.storage, self.name, workers=workers, resume=self.resume
+            data.manifest,
+            data.labels,
+            data.settings,
+            self.storage,
+            self.name,
+            workers=workers,
+            resume=self.goes_on(self.name, "run.json"),
         )
         names = ("model", "epochs", "seconds", "tomograms", "slices", "best", "validation", "unread", "failed_looks")
         lost = run["unread"] or run["failed_looks"] or data.unusable
@@ -81,7 +101,7 @@ class Train(OnLabels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(OnLabels):
+class Ablate(Resumable):
     """Train with and without each part of the recipe, several times: what is each worth?"""
 
     name: str
@@ -92,9 +112,6 @@ class Ablate(OnLabels):
 
     workers: str = "1"
     """Processes that train one trial together, or MIN:MAX; trials run beside one another where there is room."""
-
-    resume: bool = False
-    """Go on with the study of this name; trials that are done are not repeated."""
 
     def run(self) -> Result:
         """Train all of them."""
@@ -110,13 +127,13 @@ class Ablate(OnLabels):
             self.name,
             seeds=self.seeds,
             workers=workers,
-            resume=self.resume,
+            resume=self.goes_on(self.name, "ablation.json"),
         )
         return study | {"unusable": data.unusable}, bool(study["failed"] or study["unread"] or data.unusable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune(OnLabels):
+class Tune(Resumable):
     """Search the width of the targets and the weights of the loss for the best detector."""
 
     name: str
@@ -130,9 +147,6 @@ class Tune(OnLabels):
 
     workers: str = "1"
     """Processes that train one trial together, or MIN:MAX; trials run beside one another where there is room."""
-
-    resume: bool = False
-    """Go on with the study of this name; trials that are done are not repeated."""
 
     def run(self) -> Result:
         """Search."""
@@ -149,7 +163,7 @@ class Tune(OnLabels):
             trials=self.trials,
             learning_rate=self.learning_rate,
             workers=workers,
-            resume=self.resume,
+            resume=self.goes_on(self.name, "tuning.json"),
         )
         return study | {"unusable": data.unusable}, bool(study["failed"] or study["unread"] or data.unusable)
 
