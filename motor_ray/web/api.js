@@ -51,8 +51,11 @@ export class Api {
 
   /** Queue a tomogram: `what` is an MRC file, or the URI of one that the endpoint can read. */
   async tomogram(what, query, signal, onUpload) {
+    if (typeof what !== "string") {
+      const url = address("v1/tomograms", { ...query, name: what.name.slice(0, 200) });
+      return (await this.#upload(url, what, signal, onUpload)).json();
+    }
     const url = address("v1/tomograms", query);
-    if (typeof what !== "string") return (await this.#upload(url, what, signal, onUpload)).json();
     const headers = { "Content-Type": "application/json" };
     const body = JSON.stringify({ uri: what });
     return (await this.#send((key) => reach(url, { method: "POST", headers: { ...headers, ...key }, body, signal }))).json();
