@@ -7,8 +7,9 @@ again as `settings` say; the clients are shared by all threads of a process.
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, BinaryIO
@@ -127,14 +128,17 @@ def write_bytes(uri: str, data: bytes, settings: ArchiveSettings = DEFAULTS) -> 
     Raises StorageError if it cannot be written, and OutageError if an object store may or may not have got it all.
     """
     files, path = filesystem(uri, settings)
-    local = isinstance(files, LocalFileSystem)
+    # An object store publishes an object whole; on disk a rename does the same. Others may be writing the same file.
+    partial = f"{path}.{secrets.token_hex(4)}.partial" if isinstance(files, LocalFileSystem) else None
     try:
         files.makedirs(files._parent(path), exist_ok=True)
-        # An object store publishes an object whole; on disk a rename does the same.
-        files.pipe_file(f"{path}.partial" if local else path, data)
-        if local:
-            os.replace(f"{path}.partial", path)
+        files.pipe_file(partial or path, data)
+        if partial:
+            os.replace(partial, path)
     except OSError as error:
+        if partial:
+            with suppress(OSError):
+                os.unlink(partial)
         raise failure(uri, "cannot be written", error) from None
 
 

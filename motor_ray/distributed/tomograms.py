@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 class TomogramDesk:
-    """Takes tomograms from the queue and looks at them, a few side by side."""
+    """Takes tomograms from the queue and looks at them, a few side by side. There is one at a time on a storage."""
 
     def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, RunSettings], settings: ServeSettings) -> None:
         self.jobs, self.ask, self.models, self.settings = jobs, ask, models, settings
@@ -145,7 +145,7 @@ class TomogramDesk:
         """The SLABS of some slices of a tomogram."""
         plan = make_plan([dict(row)], {row["tomo_id"]: zs}, SLAB_SLICES).to_pylist()
         await self._note(record, slices_planned=record["slices_planned"] + len(zs))
-        room, noted = asyncio.Semaphore(self.ahead), time.monotonic()
+        room, noted, noting = asyncio.Semaphore(self.ahead), time.monotonic(), asyncio.Lock()
 
         async def one(slab: Mapping[str, Any]) -> Mapping[str, Any]:
             nonlocal noted
@@ -153,9 +153,11 @@ class TomogramDesk:
                 answer = await self.ask(slab, record["model_name"])
             record["model"] = answer["model"]
             record["slices_done"] += len(slab["zs"])
-            if time.monotonic() - noted > NOTE_SECONDS:
+            # One note at a time: an older one must not arrive after a newer one.
+            if time.monotonic() - noted > NOTE_SECONDS and not noting.locked():
+                async with noting:
+                    await self._note(record)
                 noted = time.monotonic()
-                await self._note(record)
             return answer
 
         answers = await all_or_none(one(slab) for slab in plan)

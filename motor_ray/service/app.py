@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, Security
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from starlette.datastructures import UploadFile
 
 from motor_ray import __version__
 from motor_ray.archive.pictures import check_pixels, picture_size
@@ -19,7 +18,17 @@ from motor_ray.config import EvaluateSettings, RunSettings, settings_from
 from motor_ray.errors import BusyError, MotorRayError, StorageError
 from motor_ray.service.backend import Ask, Backend, Meter, ModelCard, NoMeter, Picture
 from motor_ray.service.bodies import IMAGE_BODY, IMAGES_BODY, TOMOGRAM_BODY
-from motor_ray.service.intake import Room, body_bytes, read_body, receive_volume
+from motor_ray.service.forms import images_of
+from motor_ray.service.intake import (
+    SPACINGS,
+    UPLOAD_BYTES,
+    Room,
+    body_bytes,
+    counted,
+    in_time,
+    read_body,
+    receive_volume,
+)
 from motor_ray.service.jobs import Jobs, Record, check_allowed, new_id, new_record
 from motor_ray.service.keys import Keys
 from motor_ray.service.pages import add_pages
@@ -27,6 +36,7 @@ from motor_ray.service.problems import ProblemError, describe, problem_of
 from motor_ray.service.replies import Health, Model, NamedTomogram, Slice, Slices, Tomogram, Trouble
 from motor_ray.service.results import downloaded, shown
 from motor_ray.service.settings import DEFAULT_MODEL, ServiceSettings
+from motor_ray.service.together import all_or_none
 from motor_ray.service.watching import Watch, add_problem_handlers
 
 JSON_BYTES = 65536
@@ -35,23 +45,37 @@ JSON_BYTES = 65536
 PARTS_BYTES = 65536
 """What the parts of a form take besides their images."""
 
-TROUBLE: dict[int | str, dict[str, Any]] = {
-    status: {"description": why, "content": {"application/problem+json": {"schema": Trouble.model_json_schema()}}}
-    for status, why in {
+
+def trouble(reasons: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Statuses of problems, and what they mean, as the API's description has them."""
+    content = {"application/problem+json": {"schema": Trouble.model_json_schema()}}
+    return {status: {"description": why, "content": content} for status, why in reasons.items()}
+
+
+TROUBLE = trouble(
+    {
+        400: "The body is not what it says it is",
         401: "The key is missing or wrong",
+        404: "There is no model, or no tomogram, of that name",
+        408: "The body takes too long to come",
         411: "There is no Content-Length",
         413: "The body is too large",
         422: "The body or a parameter cannot be used",
         429: "There is no room now; Retry-After says when to try again",
         503: "No detector or no storage answers; Retry-After says when to try again",
         504: "There was no answer in time",
-    }.items()
-}
+    }
+)
 
 Threshold = Annotated[float, Query(ge=0, le=1, description="Only detections with this score or more.")]
 Spacing = Annotated[
     float | None,
-    Query(gt=0, le=1000, allow_inf_nan=False, description="Edge of a voxel in angstrom, if the file does not say it."),
+    Query(
+        ge=SPACINGS[0],
+        le=SPACINGS[1],
+        allow_inf_nan=False,
+        description="Edge of a voxel in angstrom, if the file does not say it.",
+    ),
 ]
 ModelName = Annotated[str, Query(max_length=100, description="One of the models that GET /v1/model lists.")]
 TomogramName = Annotated[
@@ -115,6 +139,8 @@ class Desk:
         self.archive, self.limits = settings.archive, settings.serve
         self.trained = {name: settings_from(card.settings) for name, card in cards.items()}
         self.room = Room(settings.serve.bytes_in_flight)
+        # Of their own: an upload may take an hour, and images come meanwhile.
+        self.uploads = Room(max(settings.serve.bytes_in_flight, UPLOAD_BYTES))
 
     def card(self, model: str) -> ModelCard:
         """What is known of a model. Raises ProblemError if there is none of that name."""
@@ -160,7 +186,7 @@ class Desk:
 def authorised(keys: Keys) -> Any:
     """A dependency that lets only the owners of `keys` pass, or everybody if there are none."""
 
-    def check(
+    async def check(
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))],
         header: Annotated[str | None, Security(APIKeyHeader(name="X-API-Key", auto_error=False))],
     ) -> None:
@@ -229,12 +255,13 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
     ) -> Slice:
         """Find motors on one image: the body is a JPEG, PNG or TIFF file of a slice, 8 or 16 bits, grey or colour."""
         desk.card(model)
-        with desk.room.for_bytes(body_bytes(request, desk.limits.image_bytes, "image")):
-            image = await read_body(request, desk.limits.image_bytes)
+        size = body_bytes(request, desk.limits.image_bytes, "image")
+        with desk.room.for_bytes(size):
+            image = await read_body(request, size, desk.limits.timeout_seconds)
             ask = Ask(model, voxel_spacing_angstrom)
             return Slice.model_validate(await desk.look(image, "The image", ask, threshold))
 
-    @router.post("/slices:batch", openapi_extra=IMAGES_BODY)
+    @router.post("/slices:batch", openapi_extra=IMAGES_BODY, responses=trouble({415: "The body is no form of files"}))
     async def batch(
         request: Request,
         threshold: Threshold = lowest,
@@ -245,32 +272,18 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
         started = time.perf_counter()
         card = desk.card(model)
         ask = Ask(model, voxel_spacing_angstrom)
-        most = min(desk.limits.images_per_request * desk.limits.image_bytes, desk.limits.bytes_in_flight) + PARTS_BYTES
-        with desk.room.for_bytes(body_bytes(request, most, "form")):
-            images = await images_of(request, desk.limits.images_per_request, desk.limits.image_bytes)
-            looked = await asyncio.gather(*(look_safely(desk, name, image, ask, threshold) for name, image in images))
+        limits = desk.limits
+        most = min(limits.images_per_request * limits.image_bytes + PARTS_BYTES, limits.bytes_in_flight)
+        size = body_bytes(request, most, "form")
+        with desk.room.for_bytes(size):
+            images = await images_of(
+                request, size, limits.images_per_request, limits.image_bytes, limits.timeout_seconds
+            )
+            looked = await all_or_none(look_safely(desk, name, image, ask, threshold) for name, image in images)
         seconds = {"total": round(time.perf_counter() - started, 6)}
         return Slices.model_validate({"model": card.sha256[:12], "slices": looked, "seconds": seconds})
 
     return router
-
-
-async def images_of(request: Request, most: int, bytes_each: int) -> list[tuple[str, bytes]]:
-    """Names and contents of the files of a form. Raises ProblemError if it is none, or has others, or too many."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ProblemError(415, "Several images come as a form: curl -F images=@a.jpg -F images=@b.jpg")
-    async with request.form(max_files=most, max_fields=0) as form:
-        parts = form.getlist("images")
-        if not parts or len(parts) != len(form.multi_items()):
-            raise ProblemError(422, "The form has other fields than 'images', or none of that name")
-        images = []
-        for number, part in enumerate(parts):
-            if not isinstance(part, UploadFile):
-                raise ProblemError(422, "The form's field 'images' holds text, expected files")
-            if part.size is None or part.size > bytes_each:
-                raise ProblemError(413, f"Image {number} has more than the {bytes_each:,} bytes that it may have")
-            images.append((part.filename or f"image {number}", await part.read()))
-        return images
 
 
 async def look_safely(desk: Desk, name: str, image: bytes, ask: Ask, threshold: float) -> dict[str, Any]:
@@ -291,15 +304,17 @@ async def look_safely(desk: Desk, name: str, image: bytes, ask: Ask, threshold: 
 def tomograms_router(desk: Desk, keys: Keys) -> APIRouter:
     """Routes for whole tomograms."""
     router = APIRouter(prefix="/v1", tags=["tomograms"], dependencies=[authorised(keys)], responses=TROUBLE)
-    missing: dict[int | str, dict[str, Any]] = {404: {"description": "There is no tomogram of that id"}}
+    elsewhere = trouble({403: "The URI is not among the places that this endpoint reads"})
+    missing = trouble({404: "There is no tomogram of that id"})
+    unfit = trouble({409: "It is not done, or the format cannot hold its motors"})
 
-    @router.post("/tomograms", status_code=202, openapi_extra=TOMOGRAM_BODY)
+    @router.post("/tomograms", status_code=202, openapi_extra=TOMOGRAM_BODY, responses=elsewhere)
     async def submit(
         request: Request,
         response: Response,
         voxel_spacing_angstrom: Spacing = None,
         model: ModelName = DEFAULT_MODEL,
-        name: TomogramName = "upload.mrc",
+        name: TomogramName | None = None,
     ) -> Tomogram:
         """Hand in a tomogram: the body is an MRC file, or JSON that names one in object storage.
 
@@ -310,9 +325,9 @@ def tomograms_router(desk: Desk, keys: Keys) -> APIRouter:
         if len(await asyncio.to_thread(jobs.waiting)) >= desk.limits.tomograms_waiting:
             raise BusyError(f"{desk.limits.tomograms_waiting} tomograms are waiting already; try again later")
         if request.headers.get("content-type", "").split(";")[0].strip() == "application/json":
-            record = await named_tomogram(request, desk, model, voxel_spacing_angstrom)
+            record = await named_tomogram(request, desk, name, model, voxel_spacing_angstrom)
         else:
-            record = await uploaded_tomogram(request, desk, jobs, name, model, voxel_spacing_angstrom)
+            record = await uploaded_tomogram(request, desk, jobs, name or "upload.mrc", model, voxel_spacing_angstrom)
         await asyncio.to_thread(jobs.submit, record)
         await desk.backend.wake()
         response.headers["Location"] = f"/v1/tomograms/{record['id']}"
@@ -323,7 +338,7 @@ def tomograms_router(desk: Desk, keys: Keys) -> APIRouter:
         """How far a tomogram is, and what was found in it."""
         return Tomogram.model_validate(shown(await desk.record(tomogram_id)))
 
-    @router.get("/tomograms/{tomogram_id}/motors.{kind}", responses=missing, response_class=Response)
+    @router.get("/tomograms/{tomogram_id}/motors.{kind}", responses=missing | unfit, response_class=Response)
     async def download(
         tomogram_id: TomogramId,
         kind: Literal["csv", "star"],
@@ -345,10 +360,10 @@ def tomograms_router(desk: Desk, keys: Keys) -> APIRouter:
     return router
 
 
-async def named_tomogram(request: Request, desk: Desk, model: str, spacing: float | None) -> Record:
+async def named_tomogram(request: Request, desk: Desk, name: str | None, model: str, spacing: float | None) -> Record:
     """A record for a tomogram in object storage. Raises ProblemError if it is not one that we may read."""
-    body_bytes(request, JSON_BYTES, "JSON object")
-    body = await read_body(request, JSON_BYTES)
+    size = body_bytes(request, JSON_BYTES, "JSON object")
+    body = await read_body(request, size, desk.limits.timeout_seconds)
     try:
         asked = NamedTomogram.model_validate_json(body)
     except ValueError:
@@ -357,7 +372,7 @@ async def named_tomogram(request: Request, desk: Desk, model: str, spacing: floa
         check_allowed(asked.uri, desk.limits.allow)
     except StorageError as error:
         raise ProblemError(403, str(error)) from None
-    name = asked.uri.rstrip("/").rsplit("/", 1)[-1]
+    name = name or asked.uri.rstrip("/").rsplit("/", 1)[-1]
     return new_record(new_id(), name, model, uri=asked.uri, voxel_spacing_angstrom=spacing)
 
 
@@ -366,8 +381,11 @@ async def uploaded_tomogram(
 ) -> Record:
     """A record for a tomogram that came whole, and lies in the storage now. Raises ProblemError or TomogramError."""
     size = body_bytes(request, desk.limits.tomogram_bytes, "tomogram")
-    job_id = new_id()
-    header = await receive_volume(request, jobs.volume(job_id), size, desk.archive, spacing)
+    job_id, seconds, pixels = new_id(), desk.limits.timeout_seconds, desk.limits.image_pixels
+    with desk.uploads.for_bytes(min(size, UPLOAD_BYTES)):
+        async with in_time(size, seconds):
+            body = counted(request, size, seconds)
+            header = await receive_volume(body, jobs.volume(job_id), size, desk.archive, spacing, pixels)
     z, y, x = header.shape
     sizes = {"size_z": z, "size_y": y, "size_x": x, "voxel_spacing_angstrom": header.voxel_spacing_angstrom}
     return new_record(job_id, name, model, **sizes)

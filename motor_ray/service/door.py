@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from motor_ray.errors import BusyError
 from motor_ray.service.intake import Room
 from motor_ray.service.problems import ProblemError, answer, problem_of
-from motor_ray.service.watching import request_id_of
+from motor_ray.service.watching import SAFE, request_id_of
 
 DOOR_BYTES = "MOTOR_RAY_DOOR_BYTES"
 """Environment variable: bytes of bodies at a time, where they must be counted."""
@@ -33,7 +33,7 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = [(name, value) for name, value in scope["headers"] if name.replace(b"_", b"-") not in _OURS]
+        headers = [(name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in _OURS]
         scope["headers"] = [*headers, (b"x-request-disconnect-disabled", b"?1")]
         if self.room is None:
             await self.app(scope, receive, send)
@@ -43,7 +43,9 @@ class Door:
                 await self.app(scope, receive, send)
         except (BusyError, ProblemError) as error:
             problem = error if isinstance(error, ProblemError) else problem_of(error)
-            await answer(problem, request_id_of(scope))(scope, receive, send)
+            refusal = answer(problem, request_id_of(scope))
+            refusal.headers.update(SAFE)
+            await refusal(scope, receive, send)
 
 
 _OURS = {name.replace(b"_", b"-") for name in OURS}
@@ -55,7 +57,9 @@ def _bytes(headers: list[tuple[bytes, bytes]]) -> int:
     if b"transfer-encoding" in said:
         raise ProblemError(411, "A body comes with its Content-Length")
     length = said.get(b"content-length", b"0")
-    return int(length) if length.isdigit() else 0
+    if not length.isdigit() or len(length) > 18:
+        raise ProblemError(400, "The Content-Length is no number, or one beyond reason")
+    return int(length)
 
 
 def doors() -> list[Middleware]:

@@ -16,6 +16,9 @@ from motor_ray.errors import StorageError
 from motor_ray.storage import exists, join, list_names, read_json, remove, write_bytes, write_json
 
 Status = Literal["queued", "running", "done", "failed"]
+OVER = ("done", "failed")
+"""The last state of a tomogram: nobody works on it any more."""
+
 Record = dict[str, Any]
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")
@@ -27,6 +30,8 @@ class Jobs:
 
     def __init__(self, uri: str, settings: ArchiveSettings) -> None:
         self.uri, self.settings = uri, settings
+        self.orphans: dict[str, float] = {}
+        """Volumes without a record, and when they were first seen."""
 
     def volume(self, job_id: str) -> str:
         """Where the voxels of an uploaded tomogram lie."""
@@ -39,15 +44,33 @@ class Jobs:
 
     def waiting(self) -> list[str]:
         """Ids of those that wait or are being looked at, the first come first."""
-        tickets = sorted(list_names(join(self.uri, "queue"), self.settings))
-        return [ticket.split("-", 1)[1] for ticket in tickets if "-" in ticket]
+        return [job_id for ticket in sorted(self._tickets()) if ID.fullmatch(job_id := ticket.partition("-")[2])]
+
+    def begin(self, job_id: str) -> Record | None:
+        """What is known of one that waits; None if there is nothing to be done any more, and what is left goes."""
+        record = self.read(job_id)
+        if record is None:  # it was forgotten
+            for ticket in self._tickets():
+                if ticket.partition("-")[2] == job_id:
+                    remove(join(self.uri, "queue", ticket), self.settings)
+            remove(self.volume(job_id), self.settings)
+        elif record["status"] in OVER:
+            self._let_go(record)
+        else:
+            return record
+        return None
 
     def read(self, job_id: str) -> Record | None:
         """What is known of a tomogram; None if there is none of that id."""
-        where = self._record(job_id)
-        if not ID.fullmatch(job_id) or not exists(where, self.settings):
+        if not ID.fullmatch(job_id):
             return None
-        record: Record = read_json(where, self.settings)
+        where = self._record(job_id)
+        try:
+            record: Record = read_json(where, self.settings)
+        except StorageError:
+            if exists(where, self.settings):
+                raise
+            return None
         return record
 
     def write(self, record: Record) -> None:
@@ -55,10 +78,22 @@ class Jobs:
         record["updated"] = now()
         write_json(self._record(record["id"]), record, self.settings)
 
-    def finish(self, record: Record) -> None:
-        """Note what was found in a tomogram, or why nothing; its voxels are not kept."""
+    def note(self, record: Record) -> bool:
+        """`write`, unless it was forgotten, or somebody else has finished it; whether it was neither."""
+        there = self.read(record["id"])
+        if there is None or there["status"] in OVER:
+            return False
         self.write(record)
-        self._let_go(record)
+        # Who forgets takes the ticket first and the record last, so that one of us two sees what the other does.
+        if exists(self._ticket(record), self.settings):
+            return True
+        remove(self._record(record["id"]), self.settings)
+        return False
+
+    def finish(self, record: Record) -> None:
+        """`note` what was found in a tomogram, or why nothing; its voxels are not kept."""
+        if self.note(record):
+            self._let_go(record)
 
     def forget(self, job_id: str) -> bool:
         """Remove all of a tomogram; whether there was any."""
@@ -70,12 +105,14 @@ class Jobs:
         return True
 
     def forget_old(self, hours: float) -> int:
-        """Forget those that nobody has worked on for so long; returns how many."""
+        """Forget those that were finished so long ago; returns how many. Those in the queue stay."""
         oldest = (datetime.now(UTC) - timedelta(hours=hours)).isoformat()
+        kept = set(self.waiting())
         names = [name.removesuffix(".json") for name in list_names(join(self.uri, "records"), self.settings)]
-        old = [name for name in names if (record := self.read(name)) and record["updated"] < oldest]
+        old = [name for name in names if name not in kept and (one := self.read(name)) and one["updated"] < oldest]
         for name in old:
             self.forget(name)
+        self._forget_orphans(hours)
         return len(old)
 
     def check(self) -> None:
@@ -84,12 +121,27 @@ class Jobs:
         write_bytes(where, b"", self.settings)
         remove(where, self.settings)
 
+    def _forget_orphans(self, hours: float) -> None:
+        """Remove volumes that have had no record for so long: whoever received them was ended before they were whole,
+        or in the queue.
+        """
+        folder, seen = join(self.uri, "volumes"), time.monotonic()
+        ids = {name: name.partition(".")[0] for name in list_names(folder, self.settings)}
+        alone = [name for name, job_id in ids.items() if ID.fullmatch(job_id) and self.read(job_id) is None]
+        self.orphans = {name: self.orphans.get(name, seen) for name in alone}
+        for name, since in self.orphans.items():
+            if seen - since > hours * 3600:
+                remove(join(folder, name), self.settings)
+
     def _let_go(self, record: Record) -> None:
         remove(self._ticket(record), self.settings)
         remove(self.volume(record["id"]), self.settings)
 
     def _record(self, job_id: str) -> str:
         return join(self.uri, "records", f"{job_id}.json")
+
+    def _tickets(self) -> list[str]:
+        return list_names(join(self.uri, "queue"), self.settings)
 
     def _ticket(self, record: Record) -> str:
         return join(self.uri, "queue", f"{record['ticket']}-{record['id']}")
@@ -132,5 +184,5 @@ def now() -> str:
 def check_allowed(uri: str, allow: tuple[str, ...]) -> None:
     """Raises StorageError unless `uri` lies below one of the prefixes, at a slash or where the prefix ends in one."""
     below = any(uri.startswith(prefix if prefix.endswith("/") else f"{prefix}/") or uri == prefix for prefix in allow)
-    if not below or {"..", "."} & set(uri.split("/")):
+    if not below or {"..", "."} & set(uri.split("/")) or not uri.isprintable():
         raise StorageError(f"{uri}: is not among the places that this endpoint reads")

@@ -51,7 +51,7 @@ def problem_of(error: MotorRayError) -> ProblemError:
 
 OURS = {
     500: "Something went wrong here; it is in the log under this request id",
-    503: "The storage does not answer; try again later",
+    503: "No detector, or no storage, answers; try again later",
 }
 """What clients are told when the fault is ours: not where, for messages name files and buckets."""
 

@@ -9,6 +9,7 @@ from fastapi import Response
 
 from motor_ray.motors.export import motors_csv, relion_star
 from motor_ray.service.jobs import Record
+from motor_ray.service.problems import ProblemError
 from motor_ray.tables import MOTORS
 
 KEPT_BACK = ("uri", "ticket", "attempts", "model_name")
@@ -34,10 +35,18 @@ def motors_shown(motors: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def downloaded(record: Record, kind: Literal["csv", "star"], threshold: float, relion: int) -> Response:
-    """The motors from `threshold` on as a file. Raises ExportError as `relion_star`."""
+    """The motors from `threshold` on as a file. Raises ProblemError without the voxel spacing that it takes, and
+    ExportError for a name that STAR cannot hold.
+    """
     name = record["name"].rsplit(".", 1)[0] or "tomogram"
     own = {"tomo_id": name, "voxel_spacing_angstrom": record["voxel_spacing_angstrom"]}
     chosen = [motor | own for motor in record["motors"] if motor["score"] >= threshold]
+    if kind == "star" and relion == 5 and chosen and not record["voxel_spacing_angstrom"]:
+        raise ProblemError(
+            409,
+            "The tomogram's voxel spacing is not known, and RELION 5 wants angstrom: ask for relion=4, which takes "
+            "voxels, or hand the tomogram in again with voxel_spacing_angstrom",
+        )
     motors = _table(chosen)
     size = (record["size_z"], record["size_y"], record["size_x"])
     data = motors_csv(motors) if kind == "csv" else relion_star(motors, {name: size}, relion)

@@ -46,12 +46,12 @@ class Watch:
             return
         request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 500
+        started, status, begun = time.perf_counter(), 500, False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 headers = MutableHeaders(scope=message)
                 if self.tells_id:
                     headers["X-Request-ID"] = request_id
@@ -63,6 +63,12 @@ class Watch:
             await self.app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = 499
+        except Exception:
+            # Not in a handler of Starlette's: it would answer from outside of this, without our headers.
+            log.exception("request %s broke", request_id)
+            if begun:
+                raise
+            await answer(ProblemError(500, OURS[500]), request_id)(scope, receive, send_with_headers)
         finally:
             self._tell(scope, request_id, status, time.perf_counter() - started)
 
@@ -112,8 +118,3 @@ def add_problem_handlers(app: FastAPI) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         detail = {404: "There is nothing at this path; /docs describes the API"}.get(error.status_code, error.detail)
         return answer(ProblemError(error.status_code, detail, headers=dict(error.headers or {})), asked(request))
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        log.error("request %s broke", asked(request), exc_info=error)
-        return answer(ProblemError(500, OURS[500]), asked(request))
