@@ -71,7 +71,7 @@ def run_contestant(job: Job, manifest: pa.Table, environment: Mapping[str, str],
         peaks = _wait(child, memory=memory)
         ended = time.monotonic()
     if child.returncode:
-        raise UnfinishedError(f"{job.contestant}: {_last_words(folder / 'log.txt')}")
+        raise UnfinishedError(f"{job.contestant}: {last_words(folder / 'log.txt')}")
     run = _gather(job, read_notes(folder / "scored.txt"), started, ended, peaks)
     log.info(
         "%s: %.1f slices/s, first result after %.1f s",
@@ -110,6 +110,7 @@ def _gather(job: Job, notes: list[Note], started: float, ended: float, memory: P
     )
 
 
-def _last_words(log_file: Path) -> str:
+def last_words(log_file: Path) -> str:
+    """The last line of what a process wrote."""
     lines = log_file.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it ended without a word"

@@ -27,8 +27,10 @@ def variables(settings: ServeSettings) -> dict[str, str]:
 
 def set_here(settings: ServeSettings) -> None:
     """Set the variables for this process and the Ray that it will start; what the user has set stays."""
-    # HAProxy's own ports are for its statistics; two endpoints on one machine must not want the same.
-    ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("STATS", "METRICS")}
+    # HAProxy's own ports are for its statistics. As long as no ingress is there it hands requests to Serve's fallback
+    # proxy, whose port processes can share: with the usual one that may be another endpoint's, which would answer.
+    names = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    ports = {f"RAY_SERVE_{name}_PORT": str(free_port()) for name in names}
     here = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}  # 30 s are for load balancers of other machines
     for name, value in (variables(settings) | ports | here).items():
         os.environ.setdefault(name, value)
