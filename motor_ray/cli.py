@@ -23,6 +23,7 @@ from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
 from motor_ray.verbs.detection import Detect, Evaluate, Export
 from motor_ray.verbs.flags import Verb
+from motor_ray.verbs.planning import Plan
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
 from motor_ray.verbs.submitting import Submit
@@ -33,6 +34,7 @@ VERBS: dict[str, type[Verb]] = {
     "simulate": Simulate,
     "manifest": Manifest,
     "train": Train,
+    "plan": Plan,
     "detect": Detect,
     "evaluate": Evaluate,
     "export": Export,

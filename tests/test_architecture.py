@@ -28,12 +28,17 @@ ALLOWED = {
     "sources": {"errors", "retry"},
     "s3": {"errors", "retry", "sources"},
     "buckets": {"retry", "sources", "s3"},
+    "client": {"errors"},
+    "capacity": BASE | {"archive", "slices"},
+    "planning": BASE | {"archive", "capacity", "detector", "distributed"},
     "errors": set(),
     "machine": set(),
     "tables": set(),
-    "bench": BASE | {"archive", "slices", "detector", "motors", "distributed", "progress", "results", "demo"},
+    "bench": BASE
+    | {"archive", "slices", "detector", "motors", "service", "client", "distributed", "progress", "results", "demo"}
+    | {"capacity"},  # to compare what it foretells with what is measured
     "demo": BASE | {"archive", "distributed", "results", "progress"},
-    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench", "service"},
+    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench", "service", "planning"},
     "cli": BASE | {"verbs"},
 }
 """Which rooms, or modules at the top, each may import beside itself."""

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from numpy.typing import NDArray
 
 from motor_ray.archive.plan import first_look, z_stride
 from motor_ray.config import RunSettings
 from motor_ray.distributed.cluster import connected, nodes, root_cause
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pipeline import Stage
-from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
+from motor_ray.distributed.preflight import Pools, Room, local_slots, plan_pools, room
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import UnfinishedError
 from motor_ray.motors.failures import failed_slices
@@ -28,14 +29,47 @@ SAMPLE_TOMOGRAMS = 200
 """Tomograms of which a slab each is sampled, at most, as far as the time goes."""
 
 
-class Sample(NamedTuple):
-    """What became of a few slabs, one after the other, without waiting for the actors to start."""
+class Take(NamedTuple):
+    """What became of a slab, and what that took; core seconds are those of all threads of its process."""
 
     slabs: pa.Table
     slices: int
     load_seconds: float
+    load_core_seconds: float
     score_seconds: float
-    traffic: Traffic
+    score_core_seconds: float
+    requests: int
+    bytes: int
+
+
+class Sample(NamedTuple):
+    """What became of a few slabs, one after the other."""
+
+    takes: list[Take]
+    start_seconds: float
+    """Until the actors were there and the first slab was done."""
+
+    def of(self, name: str) -> NDArray[np.float64]:
+        """That column of the takes, but of the first, which took longer because it was the first."""
+        return np.array([getattr(take, name) for take in self.takes[1:] or self.takes], float)
+
+    def a_slice(self, name: str) -> float:
+        """That column, for a slice."""
+        return float(self.of(name).sum() / self.of("slices").sum())
+
+    def variation(self, name: str) -> float:
+        """By which share of the mean that column differs between slabs of equal length: the standard deviation."""
+        each = self.of(name) / self.of("slices")
+        return float(each.std() / each.mean()) if each.any() else 0.0
+
+
+class Measured(NamedTuple):
+    """A cluster, the actors that are planned on it, a sample of an archive, and slices that follow each of it."""
+
+    room: Room
+    pools: Pools
+    sample: Sample
+    again: float
 
 
 class _Timed:
@@ -44,10 +78,11 @@ class _Timed:
     def __init__(self, stage: Stage) -> None:
         self.operator = stage.operator(**stage.arguments)
 
-    def run(self, table: pa.Table) -> tuple[pa.Table, float, Traffic]:
-        started, before = time.perf_counter(), traffic()
+    def run(self, table: pa.Table) -> tuple[pa.Table, float, float, Traffic]:
+        started, cores_before, before = time.perf_counter(), time.process_time(), traffic()
         result = self.operator(table)
-        return result, time.perf_counter() - started, traffic().since(before)
+        seconds, core_seconds = time.perf_counter() - started, time.process_time() - cores_before
+        return result, seconds, core_seconds, traffic().since(before)
 
 
 def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str, Any]:
@@ -58,20 +93,17 @@ def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str,
     """
     slices = sum(manifest["size_z"].to_pylist())
     planned = sum(len(piece["zs"].combine_chunks().flatten()) for piece in first_look(manifest, settings))
-    with connected(local_slots(settings.detect)):
-        pools = plan_pools(room(), settings.detect)
-        sample = take_sample(manifest, model, settings, pools)
-    again = follow_ups(sample, manifest, settings)
+    _, pools, sample, again = measure(manifest, model, settings)
     looks = round(planned * (1 + again))
-    load, score = sample.load_seconds / sample.slices, sample.score_seconds / sample.slices
+    load, score = sample.a_slice("load_seconds"), sample.a_slice("score_seconds")
     stages = {"loading": load / pools.loaders, "scoring": score / pools.scorers}
     return {
         "tomograms": len(manifest),
         "slices": slices,
         "first_look": planned,
         "second_look": looks - planned,
-        "requests": math.ceil(sample.traffic.requests / sample.slices * looks),
-        "bytes": math.ceil(sample.traffic.bytes / sample.slices * looks),
+        "requests": math.ceil(sample.a_slice("requests") * looks),
+        "bytes": math.ceil(sample.a_slice("bytes") * looks),
         "loaders": pools.loaders,
         "scorers": pools.scorers,
         "gpus": pools.scorers * pools.gpus_per_scorer,
@@ -80,9 +112,18 @@ def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str,
         "loaders_per_scorer": round(load / score, 2),
         "bottleneck": max(stages, key=lambda stage: stages[stage]),
         "hours": round(looks * max(stages.values()) / 3600, 3),
-        "sampled_slices": sample.slices,
-        "sampled_failures": failed_slices(sample.slabs, manifest)["error"].to_pylist()[:3],
+        "sampled_slices": int(sample.of("slices").sum()),
+        "sampled_failures": failed_slices(slabs_of(sample), manifest)["error"].to_pylist()[:3],
     }
+
+
+def measure(manifest: pa.Table, model: str, settings: RunSettings) -> Measured:
+    """Half a minute's sample of the MANIFEST, on the cluster that a run would use; raises as `estimate`."""
+    with connected(local_slots(settings.detect)):
+        there = room()
+        pools = plan_pools(there, settings.detect)
+        sample = take_sample(manifest, model, settings, pools)
+    return Measured(there, pools, sample, follow_ups(sample, manifest, settings))
 
 
 def take_sample(manifest: pa.Table, model: str, settings: RunSettings, pools: Pools) -> Sample:
@@ -91,44 +132,44 @@ def take_sample(manifest: pa.Table, model: str, settings: RunSettings, pools: Po
     loader = _start(Stage(LoadSlab, {"settings": settings}), 0)
     arguments = {"settings": settings, "model": model, "per_node": math.ceil(pools.scorers / nodes())}
     scorer = _start(Stage(ScoreFrames, arguments), pools.gpus_per_scorer)
-    taken: list[Sample] = []
+    takes: list[Take] = []
+    asked, start_seconds = time.monotonic(), 0.0
     with progress_bar("sampling", round(SAMPLE_SECONDS), "seconds") as show:
-        started: float | None = None
         for number, row in enumerate(rows.tolist()):
             plan = next(first_look(manifest.slice(row, 1), settings))
-            taken.append(_try_one(loader, scorer, plan.slice(number % len(plan), 1)))
-            started = started or time.monotonic()  # the first slab waits for the actors
-            spent = time.monotonic() - started
+            takes.append(_try_one(loader, scorer, plan.slice(number % len(plan), 1)))
+            # The first slab waits for the actors.
+            start_seconds = start_seconds or time.monotonic() - asked
+            spent = time.monotonic() - asked - start_seconds
             show(round(min(spent, SAMPLE_SECONDS)))
             if spent > SAMPLE_SECONDS:
                 break
-    timed = taken[1:] or taken
-    return Sample(
-        pa.concat_tables(one.slabs for one in taken),
-        sum(one.slices for one in timed),
-        sum(one.load_seconds for one in timed),
-        sum(one.score_seconds for one in timed),
-        Traffic(sum(one.traffic.requests for one in timed), sum(one.traffic.bytes for one in timed)),
-    )
+    return Sample(takes, start_seconds)
 
 
 def follow_ups(sample: Sample, manifest: pa.Table, settings: RunSettings) -> float:
     """Slices of a second look for each of the first, as the sample has it."""
-    rows = manifest.filter(pc.is_in(manifest["tomo_id"], sample.slabs["tomo_id"].combine_chunks())).to_pylist()
+    slabs = slabs_of(sample)
+    rows = manifest.filter(pc.is_in(manifest["tomo_id"], slabs["tomo_id"].combine_chunks())).to_pylist()
     strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], settings) for row in rows}
-    again = second_look(sample.slabs, {row["tomo_id"]: row["size_z"] for row in rows}, strides, settings.detect)
-    looked_at = len(sample.slabs["slices"].combine_chunks().flatten())
+    again = second_look(slabs, {row["tomo_id"]: row["size_z"] for row in rows}, strides, settings.detect)
+    looked_at = len(slabs["slices"].combine_chunks().flatten())
     return sum(map(len, again.values())) / looked_at
+
+
+def slabs_of(sample: Sample) -> pa.Table:
+    """The SLABS of a sample."""
+    return pa.concat_tables(take.slabs for take in sample.takes)
 
 
 def _start(stage: Stage, gpus: int) -> Any:
     return ray.remote(num_cpus=1, num_gpus=gpus)(_Timed).remote(stage)
 
 
-def _try_one(loader: Any, scorer: Any, plan: pa.Table) -> Sample:
+def _try_one(loader: Any, scorer: Any, plan: pa.Table) -> Take:
     try:
-        frames, load_seconds, fetched = ray.get(loader.run.remote(plan))
-        slabs, score_seconds, _ = ray.get(scorer.run.remote(frames))
+        frames, *load_seconds, fetched = ray.get(loader.run.remote(plan))
+        slabs, *score_seconds, _ = ray.get(scorer.run.remote(frames))
     except ray.exceptions.RayError as error:
         raise UnfinishedError(f"the sample cannot be taken: {root_cause(error)}") from error
-    return Sample(slabs, len(plan["zs"][0]), load_seconds, score_seconds, fetched)
+    return Take(slabs, len(plan["zs"][0]), *load_seconds, *score_seconds, *fetched)

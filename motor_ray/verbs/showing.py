@@ -29,13 +29,13 @@ class Demo:
 class Bench:
     """Measure how fast this machine is, as ratios within one run."""
 
-    what: tyro.conf.Positional[Literal["model", "detect", "looks", "train"]]
+    what: tyro.conf.Positional[Literal["model", "detect", "looks", "train", "serve", "plan"]]
     """What to measure: the network; the pipeline that feeds it from object storage; what looking twice saves; how
-    training uses the machine."""
+    training uses the machine; the endpoint; whether `motor-ray plan` foretells how long the pipeline takes."""
 
     parts: tuple[str, ...] = ()
-    """Parts of `bench detect` (device, peers, growth, model) or of `bench train` (loop, workers, restart, precision);
-    all of them when not given."""
+    """Parts of `bench detect` (device, peers, growth, model), of `bench train` (loop, workers, restart, precision) or
+    of `bench serve` (latency, throughput, device, overload, kill, memory); all of them when not given."""
 
     model: str | None = None
     """Checkpoint for `bench looks`; the demo's is trained when not given."""
@@ -59,8 +59,10 @@ class Bench:
         return tuple(part for part in known if part in self.parts or not self.parts)
 
     def _measure(self) -> dict[str, Any]:
-        if self.parts and self.what not in ("detect", "train"):
-            raise ConfigError("--parts chooses among the parts of `bench detect` and `bench train`; leave it out here")
+        if self.parts and self.what not in ("detect", "train", "serve"):
+            raise ConfigError(
+                "--parts chooses among the parts of `bench detect`, `train` and `serve`; leave it out here"
+            )
         if self.model and self.what != "looks":
             raise ConfigError("--model is the detector of `motor-ray bench looks`; leave it out here")
         if self.what == "detect":
@@ -72,6 +74,15 @@ class Bench:
             from motor_ray.bench.train import bench_train
 
             return bench_train(self._parts(TRAIN_PARTS))
+        if self.what == "serve":
+            from motor_ray.bench.serve import PARTS as SERVE_PARTS
+            from motor_ray.bench.serve import bench_serve
+
+            return bench_serve(self._parts(SERVE_PARTS))
+        if self.what == "plan":
+            from motor_ray.bench.plan import bench_plan
+
+            return bench_plan()
         if self.what == "looks":
             from motor_ray.bench.looks import bench_looks
 
