@@ -57,7 +57,7 @@ class ServeSettings(Settings):
     """A detector that was not needed for so long is stopped, the last one only if `min_detectors` is 0."""
 
     timeout_seconds: float = Field(60.0, gt=0)
-    """An image that has no answer after so long gets 504."""
+    """An image that has no answer after so long gets 504; a body of which nothing more came for so long, 408."""
 
     replace: Literal["after", "before"] = "after"
     """With another model or other settings a detector is stopped after its successor has started, which takes room for
@@ -79,14 +79,14 @@ class ServeSettings(Settings):
     """The largest tomogram that may be uploaded."""
 
     bytes_in_flight: int = Field(2**29, ge=2**20)
-    """Bytes of images that an ingress holds at a time; with more the answer is 429."""
+    """Bytes of images that an ingress holds at a time, and as many again of uploads; with more the answer is 429."""
 
     storage: str | None = None
     """Folder or s3:// prefix for uploaded tomograms and what was found in them; it must be the same for all nodes. One
     in the folder for temporary files when not given."""
 
     keep_hours: float = Field(24.0, gt=0)
-    """A tomogram is forgotten so long after it was last worked on."""
+    """A tomogram is forgotten so long after it was finished."""
 
     tomograms_at_once: int = Field(2, ge=1)
     """Tomograms that are looked at side by side; others wait."""
