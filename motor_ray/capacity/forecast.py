@@ -165,11 +165,13 @@ def said(look: LookCourse) -> dict[str, Any]:
 def balance(line: Line, cluster: Cluster) -> dict[str, Any]:
     """CPUs with which loading just keeps up with scoring, those of scorers and tasks among them; for GPUs only.
 
-    ``gpus`` is how many scorers these CPUs could feed. What varies makes either wait a little; a few more CPUs help.
+    There is a loader for each of these CPUs, and with few slabs in hand it may wait more than it works. ``gpus`` is how
+    many scorers the CPUs that there are could feed. What varies makes either wait a little; a few more CPUs help.
     """
     if not cluster.gpus:
         return {}
-    loading = line.cpus.seconds / line.scoring.seconds
+    in_hand = (line.wait_seconds + line.cpus.seconds) / cluster.calls
+    loading = max(line.cpus.seconds, in_hand) / line.scoring.seconds
     cpus = math.ceil(cluster.scorers * (loading + 1) - 1e-9) + cluster.tasks
     return {
         "cpus_per_gpu": round(loading + 1, 2),

@@ -7,7 +7,7 @@ neither Ray nor tomograms; all times are seconds.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Station(NamedTuple):
@@ -102,8 +102,6 @@ class Line(NamedTuple):
 
     def shrunk(self, times: float) -> "Line":
         """A pipeline of one so-manieth of everything, with stations as alike as whole servers allow."""
-        return self._replace(
-            **{name: station.shrunk(times) for name, station in self.stations().items()},
-            calls=max(round(self.calls / times), 1),
-            ahead=max(round(self.ahead / times), 1),
-        )
+        smaller: dict[str, Any] = {name: station.shrunk(times) for name, station in self.stations().items()}
+        calls, ahead = (max(round(many / times), 1) for many in (self.calls, self.ahead))
+        return self._replace(**smaller, calls=calls, ahead=ahead)
