@@ -1,9 +1,9 @@
 """Whether `motor-ray plan` foretells how long the pipeline takes, with rates that are measured in the same run.
 
 The real pipeline reads slices from a real S3 server and hands them to stand-in devices, as in `motor-ray bench detect`.
-What is measured to plan with is a run without a device, at the beginning and at the end: how fast one loader fills
-the cores, everything else on the machine included, and how long a run takes to start and to end. What is foretold are
-runs with other devices, other actors and other lengths.
+What is measured to plan with are runs without a device: how fast one loader fills the cores, everything else on the
+machine included, and how long a run takes to start and to end. What is foretold are runs with other devices, other
+actors and other lengths, each from such a run before and one after it, so that a slow spell strikes all alike.
 """
 
 import logging
@@ -56,6 +56,9 @@ class Case(NamedTuple):
 
 CALIBRATION = Case(0.0, 1, 1, 1)
 
+CASES_BETWEEN = 2
+"""Runs that are foretold between two of CALIBRATION; their number is a multiple of it."""
+
 CASES = {
     "a device of 10 ms": Case(0.01, 1, 1, 1),
     "a device of 10 ms, for longer": Case(0.01, 1, 1, 3),
@@ -87,24 +90,32 @@ def bench_plan(sizes: Sizes = SIZES, settings: RunSettings = SETTINGS) -> dict[s
         slices, _ = jpeg_slices(sizes.shape[0], sizes.shape[1:], sizes.jpeg_bytes)
         with object_server(Path(folder) / "s3") as server:
             stand = Stand(Path(folder), server, store_slices(server, slices), settings, sizes, count())
-            before = measure(stand, CALIBRATION)
-            runs = {name: measure(stand, case) for name, case in CASES.items()}
-            calibrating = [before, measure(stand, CALIBRATION)]
-    calibration = calibrate(calibrating, sizes, settings)
-    compared = {name: compare(foretell(CASES[name], calibration, sizes, settings), run) for name, run in runs.items()}
+            calibrating, runs = measure_all(stand)
+    compared = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        around = calibrating[number // CASES_BETWEEN :][:2]
+        compared[name] = compare(foretell(case, calibrate(around, sizes, settings), sizes, settings), runs[number])
     errors = [abs(one["error"]) for one in compared.values()]
-    rates = [run.steady.slices_per_second for run in calibrating]
     return {
         "requirements": judge({"worst_error": max(errors), "median_error": statistics.median(errors)}, WANTED),
         "runs": compared,
-        "calibration": calibration._asdict()
-        | {
-            "slices_per_second": [round(rate, 1) for rate in rates],
+        "calibration": {
+            "slices_per_second": [round(run.steady.slices_per_second, 1) for run in calibrating],
             "seconds": [round(run.seconds, 1) for run in calibrating],
         },
         "machine": started | {"load_average_at_the_end": machine(pick_device())["load_average"]},
         "sizes": sizes._asdict(),
     }
+
+
+def measure_all(stand: Stand) -> tuple[list[Run], list[Run]]:
+    """Runs of CALIBRATION, before and after every CASES_BETWEEN of CASES, and the runs of these."""
+    calibrating, runs = [measure(stand, CALIBRATION)], []
+    for number, case in enumerate(CASES.values(), start=1):
+        runs.append(measure(stand, case))
+        if number % CASES_BETWEEN == 0:
+            calibrating.append(measure(stand, CALIBRATION))
+    return calibrating, runs
 
 
 def measure(stand: Stand, case: Case) -> Run:

@@ -1,6 +1,7 @@
 """Starts the endpoint, on a cluster or here, gives a running one other models, and stops it."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -10,14 +11,14 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray import serve
 
 from motor_ray.config import flat
 from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, root_cause
-from motor_ray.distributed.serving import APP, Detector, application, model_cards
+from motor_ray.distributed.serving import APP, Detector, application, detector_resources, model_cards
 from motor_ray.errors import ConfigError, RunError, UnfinishedError
 from motor_ray.machine import cores
 from motor_ray.service.jobs import Jobs
@@ -36,6 +37,8 @@ def serve_models(settings: ServiceSettings) -> dict[str, Any]:
     ConfigError, RunError, CheckpointError or StorageError before anything is started, UnfinishedError if it did not
     get ready.
     """
+    if os.environ.get("RAY_ADDRESS") and settings.serve.storage is None:
+        raise ConfigError("serve.storage: a cluster needs a folder or s3:// prefix that all its nodes reach; give one")
     settings = complete(settings)
     check(settings)
     if os.environ.get("RAY_ADDRESS"):
@@ -57,7 +60,8 @@ def changed_over(asked: ServiceSettings, running: dict[str, Any]) -> ServiceSett
 
     Raises ConfigError if any other is asked for: what is not said again, such as a file of keys, must not be undone.
     """
-    there, usual = ServiceSettings.model_validate(running), complete(ServiceSettings())
+    there = ServiceSettings.model_validate(running)
+    usual = complete(ServiceSettings(serve=ServeSettings(port=asked.serve.port)))
     wanted, now, default = (flat(one.model_dump(mode="json")) for one in (asked, there, usual))
     differing = [
         f"{name} is {now[name]}, not {value}"
@@ -68,7 +72,8 @@ def changed_over(asked: ServiceSettings, running: dict[str, Any]) -> ServiceSett
         raise ConfigError(
             f"{url(there.serve)} is running: {'; '.join(differing)}; stop it first to change more than models"
         )
-    return there.model_copy(update={"serve": there.serve.model_copy(update={"models": asked.serve.models})})
+    models = there.serve.models | asked.serve.models
+    return there.model_copy(update={"serve": there.serve.model_copy(update={"models": models})})
 
 
 def stop_serving(settings: ServeSettings) -> dict[str, Any]:
@@ -87,8 +92,8 @@ def stop_serving(settings: ServeSettings) -> dict[str, Any]:
 def complete(settings: ServiceSettings) -> ServiceSettings:
     """`settings` with a place for tomograms, and paths that hold for other processes, too."""
     serving = settings.serve
-    own = str(Path(tempfile.gettempdir(), f"motor-ray-served-{os.getuid()}"))
-    changes: dict[str, Any] = {"storage": absolute(serving.storage or own)}
+    own = Path(tempfile.gettempdir(), f"motor-ray-served-{os.getuid()}-{serving.port}")
+    changes: dict[str, Any] = {"storage": absolute(serving.storage or str(own))}
     if serving.keys_file:
         changes["keys_file"] = absolute(serving.keys_file)
     changes["models"] = {name: absolute(uri) for name, uri in serving.models.items()}
@@ -99,12 +104,24 @@ def check(settings: ServiceSettings) -> None:
     """Raises what makes it pointless to start."""
     limits = settings.serve
     needed_keys(limits)
+    own_folder(str(limits.storage))
     for name in ("ssl_certfile", "ssl_keyfile"):
         path = getattr(limits, name)
         if path and not os.access(path, os.R_OK):
             raise ConfigError(f"serve.{name} {path}: cannot be read")
     model_cards(settings)
     Jobs(str(limits.storage), settings.archive).check()
+
+
+def own_folder(storage: str) -> None:
+    """Make the folder that is taken when none was given, for this user only. Raises RunError if another's is there."""
+    folder = Path(storage)
+    if not folder.name.startswith(f"motor-ray-served-{os.getuid()}-"):
+        return
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise RunError(f"{folder}: belongs to somebody else; give --serve.storage another folder")
 
 
 def serve_until_stopped(settings: ServiceSettings, detector_class: type[Detector] = Detector) -> None:
@@ -121,7 +138,8 @@ def serve_until_stopped(settings: ServiceSettings, detector_class: type[Detector
                 stop.wait()
             log.info("stopping, when the requests at work are done")
         finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]  # else HAProxy would live on
+            with stopping(threading.Event()):  # not even by impatience, or HAProxy would live on
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def deploy(settings: ServiceSettings, detector_class: type[Detector] = Detector) -> None:
@@ -130,6 +148,7 @@ def deploy(settings: ServiceSettings, detector_class: type[Detector] = Detector)
     secure = {"ssl_certfile": limits.ssl_certfile, "ssl_keyfile": limits.ssl_keyfile} if limits.ssl_certfile else {}
     logging_config = {"encoding": "JSON", "enable_access_log": False}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    settings = with_room_to_replace(settings)
     try:
         serve.start(http_options={"host": limits.host, "port": limits.port, **secure}, logging_config=logging_config)
         require_address(limits)
@@ -138,11 +157,23 @@ def deploy(settings: ServiceSettings, detector_class: type[Detector] = Detector)
         raise UnfinishedError(f"{url(limits)}: the endpoint did not get ready: {root_cause(error)}") from error
 
 
+def with_room_to_replace(settings: ServiceSettings) -> ServiceSettings:
+    """`settings`, but detectors are stopped before their successors start if there is no room for one more."""
+    limits = settings.serve
+    cpus, share = detector_resources(settings)
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    if limits.replace == "before" or (free.get("CPU", 0) >= cpus and free.get("GPU", 0) >= share):
+        return settings
+    log.info("there is no room for one more detector, so those that run are stopped before their successors start")
+    return settings.model_copy(update={"serve": limits.model_copy(update={"replace": "before"})})
+
+
 def require_address(limits: ServeSettings) -> None:
     """Raises ConfigError if Serve was started before, to listen elsewhere: it would go on listening there."""
     client = serve.context._get_global_client()
     there = client.http_config if client else None
-    if there and (there.host, there.port) != (limits.host, limits.port):
+    secured = there and (there.ssl_certfile, there.ssl_keyfile) == (limits.ssl_certfile, limits.ssl_keyfile)
+    if there and (not secured or (there.host, there.port) != (limits.host, limits.port)):
         raise ConfigError(
             f"Ray Serve listens on {there.host}:{there.port} already, expected {limits.host}:{limits.port}; say "
             f"--host {there.host} --port {there.port}, or shut it down first"
@@ -199,25 +230,37 @@ def noted(settings: ServiceSettings) -> Iterator[None]:
     note = note_of(settings.serve)
     address, values = ray.get_runtime_context().gcs_address, settings.model_dump(mode="json")
     text = json.dumps({"pid": os.getpid(), "address": address, "settings": values})
-    with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+    with open(os.open(note, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held as long as we live: so a note that was left behind is known
+        file.truncate()
         file.write(text)
-    try:
-        yield
-    finally:
-        note.unlink(missing_ok=True)
+        file.flush()
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
 
 
 def running_here(limits: ServeSettings) -> dict[str, Any] | None:
     """The process, the Ray and the settings of an endpoint of ours on the same port; None if there is none."""
     note = note_of(limits)
     try:
-        if note.stat().st_uid != os.getuid():
-            return None
-        said: dict[str, Any] = json.loads(note.read_text())
-        os.kill(said["pid"], 0)
-    except (OSError, ValueError, KeyError):
+        with note.open() as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid() or not is_locked(file):
+                return None
+            said: dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
         return None
     return said
+
+
+def is_locked(file: TextIO) -> bool:
+    """Whether another process holds a lock on `file`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def note_of(limits: ServeSettings) -> Path:

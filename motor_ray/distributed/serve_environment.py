@@ -16,6 +16,7 @@ def variables(settings: ServeSettings) -> dict[str, str]:
     """
     always = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(settings.image_bytes + 2**20),  # usually 4 MiB
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else a thousand lines wait to be written
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "motor_ray.service.door:doors",
     }

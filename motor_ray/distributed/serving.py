@@ -8,10 +8,12 @@ Everything comes from one ServiceSettings, whether `motor-ray serve` starts it o
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
@@ -23,6 +25,7 @@ from motor_ray.config import RunSettings, checked, settings_from
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
+from motor_ray.distributed.serve_environment import variables
 from motor_ray.errors import BusyError, ConfigError, MotorRayError, OutageError
 from motor_ray.machine import cores
 from motor_ray.service.backend import Ask, ModelCard, Picture
@@ -125,6 +128,8 @@ class Detector:
         # Not at the top: it would have every process of the endpoint import torch.
         from motor_ray.distributed.answering import Answerer
 
+        if name not in self.cards:  # while the endpoint changes over to other models
+            raise OutageError(f"This detector does not have the model {name!r} yet")
         card = self.cards[name]
         threads = self.settings.serve.detector_cpus or cores()
         answerer = Answerer(card.uri, card.sha256, settings_from(card.settings), threads=threads)
@@ -159,6 +164,7 @@ class Ingress:
         from motor_ray.service.app import create_app
 
         _log_as_serve()
+        check_environment(self.settings.serve)
         jobs = Jobs(str(self.settings.serve.storage), self.settings.archive)
         # Here again, because the environment of a cluster's nodes need not be that of whoever deploys.
         keys = needed_keys(self.settings.serve)
@@ -180,8 +186,8 @@ class Detectors:
         self.tomograms.wake.remote()
 
     def is_ready(self) -> bool:
-        """Ray Serve lets nobody in before the detectors have started."""
-        return True
+        """Until a request finds no detector, for Ray Serve lets nobody in before they have started."""
+        return not self.asking.lost
 
 
 class Asking:
@@ -190,6 +196,7 @@ class Asking:
     def __init__(self, detector: Handle, *, several: bool) -> None:
         self.detector, self.several = detector, several
         self.handles: dict[str, Handle] = {}
+        self.lost = False
 
     async def __call__(self, method: str, model: str, *arguments: Any) -> dict[str, Any]:
         """What a detector answers. Raises BusyError, OutageError, or the error of ours that it answers with."""
@@ -199,14 +206,19 @@ class Asking:
                 answer: dict[str, Any] = await getattr(handle, method).remote(*arguments)
             except BackPressureError:
                 raise BusyError("All detectors are busy, and enough images wait; try again") from None
-            except (RayActorError, DeploymentUnavailableError) as error:
+            except DeploymentUnavailableError:
+                self.lost = True
+                raise BusyError("No detector runs now; try again later") from None
+            except (RayActorError, AioRpcError) as error:  # the latter from Serve's own way to a process that is gone
                 log.warning("a detector was lost at work: %s", error)
                 await asyncio.sleep(0.1 * 2**attempt)
                 continue
+            self.lost = False
             if REFUSED in answer:
                 kind, message = answer[REFUSED]
                 raise getattr(errors, kind)(message)
             return answer
+        self.lost = True
         raise OutageError(f"{TRIES} detectors in a row were lost while they were at it")
 
     def _handle(self, model: str) -> Handle:
@@ -247,6 +259,15 @@ class Tomograms:
         """Raises what ended the work, so that Ray Serve starts it anew."""
         if self.work.done():
             self.work.result()
+
+
+def check_environment(limits: ServeSettings) -> None:
+    """Raises ConfigError if https was asked for where it would not come about; warns of what was not set for Ray."""
+    if limits.ssl_certfile and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ConfigError("serve.ssl_certfile: HAProxy cannot do https; start Ray without RAY_SERVE_ENABLE_HA_PROXY")
+    missing = [f"{name}={value}" for name, value in variables(limits).items() if os.environ.get(name) != value]
+    if missing:
+        log.warning("Ray was started without %s: large bodies may pile up in memory", ", ".join(missing))
 
 
 def _log_as_serve() -> None:

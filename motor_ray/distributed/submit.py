@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -50,15 +51,17 @@ def submit(job: Job, address: str, *, wait: bool) -> dict[str, Any]:
     """
     client = connect(address)
     name = submission_id(job)
+    ours = 0
     while True:
         attempts = attempts_of(client, name)
         current = attempts[-1] if attempts else None
-        if current is None or (current.status == JobStatus.FAILED and may_go_on(current, len(attempts), job)):
-            start(client, job, f"{name}-{len(attempts) + 1}")
+        if current is None or is_worth_another(current, ours, job):
+            start(client, job, f"{name}-{number_of(current) + 1}")
         elif current.status in (JobStatus.PENDING, JobStatus.RUNNING):
             log.info("%s is there already", current.submission_id)
         else:
             return outcome(current, len(attempts))
+        ours += 1
         current = attempts_of(client, name)[-1]
         if not wait:
             return {"job": current.submission_id, "status": current.status.value}
@@ -97,9 +100,21 @@ def attempts_of(client: JobSubmissionClient, name: str) -> list[JobDetails]:
     return [one for _, one in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
-def may_go_on(last: JobDetails, attempts: int, job: Job) -> bool:
-    """Whether a job that failed is worth another attempt."""
-    return last.driver_exit_code != USAGE_ERROR and attempts < job.attempts
+def number_of(attempt: JobDetails | None) -> int:
+    """Which attempt it is; 0 for none."""
+    return int(str(attempt.submission_id).rsplit("-", 1)[1]) if attempt else 0
+
+
+def is_worth_another(last: JobDetails, ours: int, job: Job) -> bool:
+    """Whether a job whose `last` attempt ended badly is tried again, `ours` being those of this call.
+
+    What ended before this call says nothing: the input may have been put right meanwhile.
+    """
+    if last.status not in (JobStatus.FAILED, JobStatus.STOPPED):
+        return False
+    return ours == 0 or (
+        last.status == JobStatus.FAILED and last.driver_exit_code != USAGE_ERROR and ours < job.attempts
+    )
 
 
 def start(client: JobSubmissionClient, job: Job, name: str) -> None:
@@ -127,6 +142,8 @@ def hand_in(client: JobSubmissionClient, **job: Any) -> None:
         try:
             client.submit_job(**job)
         except RuntimeError as error:
+            if "already exists" in str(error):
+                return  # who else watches it was faster
             if "try again later" not in str(error) or time.monotonic() > ends:
                 raise RunError(f"{job['submission_id']}: the cluster does not take it: {error}") from None
             time.sleep(POLL_SECONDS)
@@ -151,7 +168,7 @@ def watch(client: JobSubmissionClient, name: str) -> None:
             if client.get_job_status(name).is_terminal():
                 return
             silent_since = None
-        except (ConnectionError, RuntimeError, OSError) as error:
+        except (aiohttp.ClientError, RuntimeError, OSError) as error:
             silent_since = silent_since or time.monotonic()
             if time.monotonic() - silent_since > SILENCE_SECONDS:
                 raise RunError(

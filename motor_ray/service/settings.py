@@ -118,6 +118,10 @@ class ServeSettings(Settings):
             raise ValueError(f"max_detectors {self.max_detectors} is below min_detectors {self.min_detectors}")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("https takes both ssl_certfile and ssl_keyfile, got one of them")
+        if self.queue < self.images_per_request:
+            raise ValueError(
+                f"queue {self.queue} is below images_per_request {self.images_per_request}: such a request never fits"
+            )
         if self.image_bytes > self.bytes_in_flight:
             raise ValueError(
                 f"image_bytes {self.image_bytes} is above bytes_in_flight {self.bytes_in_flight}, so no such image fits"

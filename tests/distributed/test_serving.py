@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -162,6 +164,15 @@ def test_all_figures_of_the_dashboard_are_there(endpoint, images):
     assert missing == set()
 
 
+def test_a_large_image_comes_through(endpoint):
+    """Larger than what gRPC, which Serve's processes speak with one another, takes by default."""
+    ok, data = cv2.imencode(".tiff", np.random.default_rng(0).integers(0, 2**16, (1800, 1800), dtype=np.uint16))
+    assert ok
+    assert data.nbytes > 5 * 2**20
+    status, answer = endpoint.ask("POST", "/v1/slices", data.tobytes())
+    assert (status, answer["height"]) == (200, 1800)
+
+
 def test_bad_input_is_the_clients_fault(endpoint):
     status, problem = endpoint.ask("POST", "/v1/slices", b"no image")
     assert (status, problem["status"]) == (422, 422)
@@ -184,7 +195,7 @@ class Hammer:
             number = (number + 1) % len(self.images)
             try:
                 status, answer = self.endpoint.ask("POST", "/v1/slices?threshold=0", self.images[number])
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 self.wrong.append(repr(error))
                 continue
             if status != 200:

@@ -89,7 +89,7 @@ def test_a_job_that_is_killed_is_started_again_and_a_second_submit_looks_after_t
     with submit(file, dashboard) as again:
         said, _ = again.communicate(timeout=60)
         assert json.loads(said) == result
-    assert "HOME" not in complaint
+    assert os.environ["HOME"] not in complaint.replace(str(tmp_path), "")
 
 
 def test_wrong_input_is_not_tried_again(dashboard, tmp_path):
@@ -99,7 +99,7 @@ def test_wrong_input_is_not_tried_again(dashboard, tmp_path):
     assert (process.returncode, said) == (2, "")
     assert "there is nothing here" in complaint
     assert "its command or its input is wrong" in complaint
-    assert complaint.count("motor-ray-detect-") >= 1
+    assert "-2: " not in complaint
 
 
 def test_ctrl_c_leaves_the_job_and_stop_ends_it(dashboard, archive, checkpoint, tmp_path):
