@@ -266,10 +266,10 @@ def test_another_model_takes_over_without_a_failed_request_and_keys_stay(
 
 
 def test_the_running_endpoint_is_not_changed_by_the_way(endpoint, checkpoint):
-    asked = command("--model", checkpoint, "--port", str(endpoint.port), "--serve.queue", "5")
+    asked = command("--model", checkpoint, "--port", str(endpoint.port), "--serve.queue", "100")
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "serve.queue is 64, not 5; stop it first" in done.stderr
+    assert "serve.queue is 64, not 100; stop it first" in done.stderr
 
 
 def test_it_stops_when_it_is_told_to_and_leaves_nothing_behind(endpoint):
