@@ -109,7 +109,8 @@ def test_room_between_stages_that_vary_makes_up_for_much_of_it():
 def with_more(what: str, one: Line) -> Line:
     """One more of a number, or twice the servers of a station."""
     now = getattr(one, what)
-    return one._replace(**{what: Station(2 * now.servers, now.seconds) if isinstance(now, Station) else now + 1})
+    more: dict[str, Any] = {what: Station(2 * now.servers, now.seconds) if isinstance(now, Station) else now + 1}
+    return one._replace(**more)
 
 
 @pytest.mark.parametrize("what", ["calls", "ahead", *line().stations()])
