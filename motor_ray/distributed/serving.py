@@ -9,7 +9,7 @@ Everything comes from one ServiceSettings, whether `motor-ray serve` starts it o
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from motor_ray import errors
 from motor_ray.config import RunSettings, checked, settings_from
 from motor_ray.detector.description import describe_checkpoint
+from motor_ray.distributed.batches import Batches
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
 from motor_ray.distributed.serve_environment import variables
@@ -68,9 +69,8 @@ class Detector:
         self.cards = {name: ModelCard(*card) for name, card in cards.items()}
         self.device = ThreadPoolExecutor(1)  # torch keeps much of its state by thread
         self.preparers = ThreadPoolExecutor(PREPARERS)
-        batches: Any = self.look  # of which its decorator does not tell the type
-        batches.set_max_batch_size(self.settings.serve.batch_images)
-        batches.set_batch_wait_timeout_s(self.settings.serve.batch_wait_seconds)
+        limits = self.settings.serve
+        self.look = Batches(self._look, limits.batch_images, limits.batch_wait_seconds)
         self.meter = DetectorMeter()
         _log_as_serve()
         self.default = self.device.submit(self._load, DEFAULT_MODEL).result()
@@ -89,12 +89,12 @@ class Detector:
         model = await self._model()
         most = self.settings.serve.image_pixels
         prepared = await self._prepare(model.prepare_picture, image, spacing, most)
-        return picture_of(prepared, await self.look((model, prepared)), model.sha256)
+        return picture_of(prepared, await self.look(model, prepared), model.sha256)
 
     async def _slab(self, plan: dict[str, Any]) -> dict[str, Any]:
         model = await self._model()
         prepared = await self._prepare(model.prepare_slab, plan)
-        answer = await self.look((model, prepared))
+        answer = await self.look(model, prepared)
         own = {"slab_id": plan["slab_id"], "tomo_id": plan["tomo_id"], "model": model.sha256[:12]}
         return own | {"slices": answer.slices}
 
@@ -112,17 +112,11 @@ class Detector:
         """The model of that name."""
         return await asyncio.get_running_loop().run_in_executor(self.device, self._load, name)
 
-    @serve.batch
-    async def look(self, asked: list[Any]) -> list[Any]:
-        """Answers to what was `asked` by requests that wait together: models, and what is prepared for them."""
-        loop = asyncio.get_running_loop()
-        answers: dict[int, Any] = {}
-        for model in dict.fromkeys(model for model, _ in asked):
-            own = [place for place, (other, _) in enumerate(asked) if other is model]
-            together = [asked[place][1] for place in own]
-            answers |= zip(own, await loop.run_in_executor(self.device, model.look, together), strict=True)
-        self.meter.batch(answers.values())
-        return [answers[place] for place in range(len(asked))]
+    async def _look(self, model: Any, prepared: Sequence[Any]) -> list[Any]:
+        """Answers to what requests that wait together have prepared for the model."""
+        answers: list[Any] = await asyncio.get_running_loop().run_in_executor(self.device, model.look, prepared)
+        self.meter.batch(answers)
+        return answers
 
     def _load(self, name: str) -> Any:
         # Not at the top: it would have every process of the endpoint import torch.
@@ -157,7 +151,8 @@ class Ingress:
     ) -> None:
         self.settings = ServiceSettings.model_validate(settings)
         self.cards = {name: ModelCard(*card) for name, card in cards.items()}
-        self.detectors = Detectors(detector, tomograms, several=len(cards) > 1)
+        most = asked_at_once(self.settings.serve)
+        self.detectors = Detectors(detector, tomograms, several=len(cards) > 1, most=most)
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve calls with each request."""
@@ -174,8 +169,8 @@ class Ingress:
 class Detectors:
     """The Backend of the web application: detectors wherever Ray Serve runs them."""
 
-    def __init__(self, detector: Handle, tomograms: Handle, *, several: bool) -> None:
-        self.asking, self.tomograms = Asking(detector, several=several), tomograms
+    def __init__(self, detector: Handle, tomograms: Handle, *, several: bool, most: int) -> None:
+        self.asking, self.tomograms = Asking(detector, several=several, most=most), tomograms
 
     async def look(self, image: bytes, ask: Ask) -> Picture:
         """What is found on an image file."""
@@ -191,15 +186,27 @@ class Detectors:
 
 
 class Asking:
-    """Puts questions to detectors: to another one if one dies, to those that have the model if there are several."""
+    """Puts questions to detectors: to another one if one dies, to those that have the model if there are several.
 
-    def __init__(self, detector: Handle, *, several: bool) -> None:
-        self.detector, self.several = detector, several
+    No more than `most` at a time.
+    """
+
+    def __init__(self, detector: Handle, *, several: bool, most: int) -> None:
+        self.detector, self.several, self.most, self.asked = detector, several, most, 0
         self.handles: dict[str, Handle] = {}
         self.lost = False
 
     async def __call__(self, method: str, model: str, *arguments: Any) -> dict[str, Any]:
         """What a detector answers. Raises BusyError, OutageError, or the error of ours that it answers with."""
+        if self.asked >= self.most:
+            raise BusyError("All detectors are busy, and enough images wait; try again")
+        self.asked += 1
+        try:
+            return await self._ask(method, model, *arguments)
+        finally:
+            self.asked -= 1
+
+    async def _ask(self, method: str, model: str, *arguments: Any) -> dict[str, Any]:
         handle = self._handle(model)
         for attempt in range(TRIES):
             try:
@@ -240,7 +247,7 @@ class Tomograms:
         service = ServiceSettings.model_validate(settings)
         jobs = Jobs(str(service.serve.storage), service.archive)
         models = {name: settings_from(ModelCard(*card).settings) for name, card in cards.items()}
-        self.asking = Asking(detector, several=len(cards) > 1)
+        self.asking = Asking(detector, several=len(cards) > 1, most=asked_at_once(service.serve))
         self.desk = TomogramDesk(jobs, self._ask, models, service.serve)
         self.work = asyncio.create_task(self.desk.run())
 
@@ -339,8 +346,9 @@ def application(settings: ServiceSettings, detector_class: type[Detector] = Dete
         settings,
         max_surge_percent=surge,
         ray_actor_options={"num_cpus": cpus, "num_gpus": share},
-        max_ongoing_requests=max(2 * limits.batch_images, 2 * PREPARERS),
-        max_queued_requests=limits.queue,
+        # All that `Asking` lets in goes to a detector at once. What a detector does not take waits in Serve's router,
+        # which then may hand out two requests each half second, however idle the detector is (seen with Ray 2.60).
+        max_ongoing_requests=(limits.ingresses + 1) * asked_at_once(limits),
         autoscaling_config=autoscaling(limits),
         health_check_period_s=5,
     ).bind(values, cards)
@@ -365,6 +373,11 @@ def deployment(replica: type, settings: ServiceSettings, **options: Any) -> serv
         **options,
     )
     return decorate(replica)
+
+
+def asked_at_once(limits: ServeSettings) -> int:
+    """Questions that an ingress has put to detectors at a time: those they work on or prepare, and the queue."""
+    return limits.queue + 2 * limits.batch_images * limits.max_detectors
 
 
 def autoscaling(limits: ServeSettings) -> AutoscalingConfig:
