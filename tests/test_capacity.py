@@ -15,7 +15,7 @@ from motor_ray.archive.plan import first_look
 from motor_ray.bench.children import Run
 from motor_ray.bench.detect import SETTINGS
 from motor_ray.bench.notes import Steady
-from motor_ray.bench.plan import CALIBRATION, CASES, SIZES, Calibration, calibrate, compare, foretell
+from motor_ray.bench.plan import CALIBRATION, CASES, SIZES, Calibration, Foretold, calibrate, compare, foretell
 from motor_ray.bench.plan import line_of as line_of_case
 from motor_ray.bench.slices import manifest_of
 from motor_ray.capacity.forecast import Cluster, Prices, Rates, balance, forecast, line_of
@@ -400,22 +400,24 @@ def test_the_simulation_knows_neither_ray_nor_torch():
 
 
 def run_of(seconds: float, rate: float, scorers: int = 1) -> Run:
-    return Run(Steady(rate, 0.9), 5.0, seconds, 10, {}, {"scorers": scorers})
+    return Run(Steady(rate, 0.9), 5.0, seconds - 7.0, seconds, 10, {}, {"scorers": scorers})
 
 
 def test_the_bench_foretells_what_it_was_calibrated_with():
     runs = [run_of(20.0, 180.0), run_of(22.0, 220.0)]
     calibration = calibrate(runs, SIZES, SETTINGS)
-    assert foretell(CALIBRATION, calibration, SIZES, SETTINGS) == pytest.approx(21.0)
+    assert foretell(CALIBRATION, calibration, SIZES, SETTINGS).seconds == pytest.approx(21.0)
     line, slabs = line_of_case(CALIBRATION, calibration.core_seconds, SIZES, SETTINGS)
     rates = [run.steady.slices_per_second for run in runs]
     assert line.cpus.rate * SIZES.shape[0] * SIZES.tomograms / slabs == pytest.approx(
         1 / (sum(1 / rate for rate in rates) / 2)
     )
-    assert compare(24.2, runs[1])["error"] == 0.1
+    said = compare(Foretold(24.2, 12.0), runs[1])
+    assert (said["run_error"], said["scoring_error"]) == (0.1, -0.2)
 
 
 def test_the_bench_foretells_a_device_that_is_always_busy_to_take_all_its_time():
     foretold = foretell(CASES["a device of 10 ms"], Calibration(0.0001, 9.0), SIZES, SETTINGS)
     slices = SIZES.shape[0] * SIZES.tomograms
-    assert foretold == pytest.approx(9.0 + 0.01 * slices, rel=0.01)
+    assert foretold.seconds == pytest.approx(9.0 + 0.01 * slices, rel=0.01)
+    assert foretold.scoring_seconds == pytest.approx(0.01 * slices, rel=0.05)

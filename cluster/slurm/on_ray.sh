@@ -20,6 +20,10 @@ on_ray() {
     export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300  # Python from a shared disk starts slowly
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK      # which srun no longer takes from sbatch
     export RAY_ADDRESS=$head:$RAY_PORT  # else symmetric-run, and the command, would start a Ray of their own
+    # Training finds the way to other nodes by the machine's own name, which may lead nowhere: name what leads to them.
+    if [ -n "${MOTOR_RAY_INTERFACE:-}" ]; then
+        export GLOO_SOCKET_IFNAME=$MOTOR_RAY_INTERFACE NCCL_SOCKET_IFNAME=$MOTOR_RAY_INTERFACE
+    fi
 
     trap 'echo "time is nearly up: the job is queued again"; scontrol requeue "$SLURM_JOB_ID"' USR1
     rm -f "$scratch.began"

@@ -30,6 +30,9 @@ class Run(NamedTuple):
     first_result_seconds: float
     """From the start of its process to the end of the first slab that was scored."""
 
+    scoring_seconds: float
+    """From then to the end of the last slab that was scored."""
+
     seconds: float
     """From the start of its process to its end."""
 
@@ -103,6 +106,7 @@ def _gather(job: Job, notes: list[Note], started: float, ended: float, memory: P
     return Run(
         steady_state(notes),
         notes[0].ended - started,
+        notes[-1].ended - notes[0].ended,
         ended - started,
         max(note.row_bytes for note in notes),
         memory,

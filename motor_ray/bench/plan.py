@@ -30,8 +30,8 @@ from motor_ray.distributed.preflight import SLABS_AHEAD
 from motor_ray.machine import cores
 
 WANTED: Wanted = {
-    "worst_error": ("<=", 0.10, "of the seconds foretold for a whole run, over those it took"),
-    "median_error": ("<=", 0.05, "the same, of the run in the middle"),
+    "worst_run_error": ("<=", 0.10, "of the seconds foretold for a whole run, over those it took"),
+    "worst_scoring_error": ("<=", 0.10, "the same, from the first slab that is scored to the last: without any start"),
 }
 
 LOAD_VARIATION = 0.1
@@ -80,6 +80,14 @@ class Calibration(NamedTuple):
     """That a run takes beside its pipeline's: Python and Ray start and end."""
 
 
+class Foretold(NamedTuple):
+    """What a run is expected to take."""
+
+    seconds: float
+    scoring_seconds: float
+    """From the first slab that is scored to the last."""
+
+
 def bench_plan(sizes: Sizes = SIZES, settings: RunSettings = SETTINGS) -> dict[str, Any]:
     """Measure CASES and compare; returns what is asked and found, and beside it all that was measured.
 
@@ -95,9 +103,9 @@ def bench_plan(sizes: Sizes = SIZES, settings: RunSettings = SETTINGS) -> dict[s
     for number, (name, case) in enumerate(CASES.items()):
         around = calibrating[number // CASES_BETWEEN :][:2]
         compared[name] = compare(foretell(case, calibrate(around, sizes, settings), sizes, settings), runs[number])
-    errors = [abs(one["error"]) for one in compared.values()]
+    worst = {name: max(abs(one[name]) for one in compared.values()) for name in ("run_error", "scoring_error")}
     return {
-        "requirements": judge({"worst_error": max(errors), "median_error": statistics.median(errors)}, WANTED),
+        "requirements": judge({f"worst_{name}": error for name, error in worst.items()}, WANTED),
         "runs": compared,
         "calibration": {
             "slices_per_second": [round(run.steady.slices_per_second, 1) for run in calibrating],
@@ -131,13 +139,14 @@ def calibrate(runs: list[Run], sizes: Sizes, settings: RunSettings) -> Calibrati
     busy = min(cores(), LOADER_CORES * CALIBRATION.loaders)
     core_seconds = statistics.mean(busy / run.steady.slices_per_second for run in runs)
     pipeline = foretell(CALIBRATION, Calibration(core_seconds, 0.0), sizes, settings)
-    return Calibration(core_seconds, statistics.mean(run.seconds for run in runs) - pipeline)
+    return Calibration(core_seconds, statistics.mean(run.seconds for run in runs) - pipeline.seconds)
 
 
-def foretell(case: Case, calibration: Calibration, sizes: Sizes, settings: RunSettings) -> float:
-    """Seconds of a whole run."""
+def foretell(case: Case, calibration: Calibration, sizes: Sizes, settings: RunSettings) -> Foretold:
+    """What a run will take."""
     line, total = line_of(case, calibration.core_seconds, sizes, settings)
-    return calibration.other_seconds + run_line(line, total).seconds
+    course = run_line(line, total)
+    return Foretold(calibration.other_seconds + course.seconds, course.seconds - course.first_result_seconds)
 
 
 def line_of(case: Case, core_seconds: float, sizes: Sizes, settings: RunSettings) -> tuple[Line, int]:
@@ -162,13 +171,15 @@ def line_of(case: Case, core_seconds: float, sizes: Sizes, settings: RunSettings
     return line, total
 
 
-def compare(foretold: float, run: Run) -> dict[str, Any]:
+def compare(foretold: Foretold, run: Run) -> dict[str, Any]:
     """Seconds foretold and taken, and by which share the former are too many."""
-    log.info("foretold %.1f s, took %.1f s", foretold, run.seconds)
+    log.info("foretold %.1f s, took %.1f s", foretold.seconds, run.seconds)
     return {
-        "foretold_seconds": round(foretold, 1),
-        "seconds": round(run.seconds, 1),
-        "error": round(foretold / run.seconds - 1, 4),
+        "foretold": {name: round(value, 1) for name, value in foretold._asdict().items()},
+        "measured": {"seconds": round(run.seconds, 1), "scoring_seconds": round(run.scoring_seconds, 1)},
+        "run_error": round(foretold.seconds / run.seconds - 1, 4),
+        "scoring_error": round(foretold.scoring_seconds / run.scoring_seconds - 1, 4),
         "slices_per_second": round(run.steady.slices_per_second, 1),
         "scorers_busy": round(run.steady.busy / run.said["scorers"], 3),
+        "first_result_seconds": round(run.first_result_seconds, 1),
     }

@@ -36,7 +36,8 @@ SMALL = settings_from(
         "frame": {"size": 96},
         "targets": {"box_pixels": 32},
         "model": {"backbone": "resnet18", "pretrained": "none", "neck_channels": 8, "head_channels": 8},
-        "train": {"epochs": 3, "batch_size": 4, "slices_per_motor": 3, "tomograms": "no", "tensorboard": False},
+        # One worker on each node, for two do not fit on one.
+        "train": {"epochs": 12, "batch_size": 4, "slices_per_motor": 3, "tomograms": "no", "worker_cpus": 3},
         "detect": {"score_threshold": 0.01, "slab_slices": 1, "exhaustive": True, "loaders": 1, "scorers": 1},
     }
 )
@@ -156,8 +157,9 @@ def two_nodes() -> Iterator[None]:
     for node, end, address in zip(NODES, cable, ADDRESSES, strict=True):
         commands += [
             f"ip link set {end} netns {node}",
-            f"ip -n {node} addr add {address}/24 dev {end}",
-            f"ip -n {node} link set {end} up",
+            f"ip -n {node} link set {end} name cable",
+            f"ip -n {node} addr add {address}/24 dev cable",
+            f"ip -n {node} link set cable up",
             f"ip -n {node} link set lo up",
         ]
     try:
@@ -184,6 +186,7 @@ def start(batch: str, folder: Path, places: dict[str, str], options: list[str], 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     environment |= places | {
         "MOTOR_RAY_ENV": str(folder / "env"),
+        "MOTOR_RAY_INTERFACE": "cable",  # both machines have the name of the real one
         "OUTSIDE": os.readlink("/proc/self/ns/pid"),
         "STEPS": str(folder),
         "SCONTROL_LOG": str(folder / "scontrol.log"),
@@ -271,6 +274,10 @@ def test_a_training_on_two_nodes_whose_time_is_up_goes_on_when_slurm_starts_it_a
         "NAME": "small",
         "CONFIG": str(tmp_path / "settings.yaml"),
     }
-    twice("train", tmp_path, places, [], "runs/small/last/model.safetensors")
+    again = twice("train", tmp_path, places, [], "runs/small/checkpoint_*/*")
+    log = (again.folder / "job.log").read_text()
+    assert all(log.count(f"(ip={address}, pid=") >= 2 for address in ADDRESSES), "a worker on each, both times"
     run = json.loads((tmp_path / "runs" / "small" / "run.json").read_text())
-    assert run["epochs"] == 3
+    assert run["epochs"] == 12
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/small/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
