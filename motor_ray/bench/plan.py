@@ -37,7 +37,7 @@ WANTED: Wanted = {
 LOAD_VARIATION = 0.1
 """Of the time that slabs of one archive take to load; a stand-in takes the same for each."""
 
-SIZES = Sizes(shape=(100, 960, 928), tomograms=8)
+SIZES = Sizes(shape=(100, 960, 928), tomograms=12)
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +54,18 @@ class Case(NamedTuple):
     """How many times as many tomograms as to calibrate."""
 
 
-CALIBRATION = Case(0.0, 1, 1, 1)
+CALIBRATION = Case(0.0, 1, 1, 2)
 
 CASES_BETWEEN = 2
 """Runs that are foretold between two of CALIBRATION; their number is a multiple of it."""
 
 CASES = {
     "a device of 10 ms": Case(0.01, 1, 1, 1),
-    "a device of 10 ms, for longer": Case(0.01, 1, 1, 3),
+    "a device of 10 ms, for longer": Case(0.01, 1, 1, 2),
     "a device of 5 ms": Case(0.005, 1, 1, 2),
-    "no device, for longer": Case(0.0, 1, 1, 3),
-    "no device, two loaders": Case(0.0, 1, 2, 2),
-    "two devices of 10 ms": Case(0.01, 2, 1, 2),
+    "no device, for longer": Case(0.0, 1, 1, 4),
+    "no device, two loaders": Case(0.0, 1, 2, 3),
+    "two devices of 10 ms": Case(0.01, 2, 1, 3),
 }
 """What is foretold, then measured."""
 
