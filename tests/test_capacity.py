@@ -409,7 +409,7 @@ def test_the_bench_foretells_what_it_was_calibrated_with():
     assert foretell(CALIBRATION, calibration, SIZES, SETTINGS).seconds == pytest.approx(21.0)
     line, slabs = line_of_case(CALIBRATION, calibration.core_seconds, SIZES, SETTINGS)
     rates = [run.steady.slices_per_second for run in runs]
-    assert line.cpus.rate * SIZES.shape[0] * SIZES.tomograms / slabs == pytest.approx(
+    assert line.cpus.rate * SIZES.shape[0] * SIZES.tomograms * CALIBRATION.times / slabs == pytest.approx(
         1 / (sum(1 / rate for rate in rates) / 2)
     )
     said = compare(Foretold(24.2, 12.0), runs[1])

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+from tenacity import wait_none
 
 from motor_ray.cli import VERBS, main, parse
 from motor_ray.config import RunSettings
@@ -194,7 +195,7 @@ def test_a_bucket_that_does_not_answer_is_one_sentence(archive, tmp_path, monkey
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("motor_ray.retry.PAUSE", wait_none())
     for arguments in (
         ["manifest", "--archive", "s3://lab/tomograms", "--out", str(tmp_path / "m.parquet")],
         ["manifest", "--archive", str(archive), "--out", "s3://lab/m.parquet"],

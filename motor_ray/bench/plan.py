@@ -51,7 +51,7 @@ class Case(NamedTuple):
     scorers: int
     loaders: int
     times: int
-    """How many times as many tomograms as to calibrate."""
+    """How many times the tomograms of SIZES it looks at."""
 
 
 CALIBRATION = Case(0.0, 1, 1, 2)

@@ -25,7 +25,7 @@ def answers(endpoint):
         urllib.request.urlopen(endpoint)
     except HTTPError:
         return True
-    except URLError:
+    except (URLError, ConnectionError):  # broken off in the middle, it is going
         return False
     return True
 

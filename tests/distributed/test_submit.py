@@ -22,7 +22,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
-    """The address at which a cluster takes jobs."""
+    """The address at which a cluster takes jobs, whose ``python`` is this one, as in an image of ours."""
+    here = pytest.MonkeyPatch()
+    here.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     port = free_port()
     head = {
         "num_cpus": 8,
@@ -35,6 +37,7 @@ def dashboard() -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     ray.shutdown()
     cluster.shutdown()
+    here.undo()
 
 
 def job_file(folder: Path, command: str) -> Path:

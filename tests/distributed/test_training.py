@@ -87,6 +87,7 @@ def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive,
     assert run["epochs"] == settings.train.epochs
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, settings, tmp_path):
@@ -95,6 +96,7 @@ def test_a_worker_that_fails_says_why_in_one_sentence(manifest, archive, setting
         train(manifest, archive.labels, wild, str(tmp_path), "run", workers=(1, 1), resume=False)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_cycles_leave_snapshots_and_a_run_may_start_from_another(manifest, archive, settings, checkpoint, tmp_path):

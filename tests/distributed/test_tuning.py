@@ -287,6 +287,7 @@ def test_an_ablation_leaves_a_run_for_each_trial_and_is_not_repeated(study, arch
     assert written == [(tmp_path / "study" / name / "metrics.jsonl").stat().st_mtime_ns for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_search_names_what_failed_and_tries_it_again_when_it_goes_on(study, archive, quick, tmp_path, monkeypatch):

@@ -166,7 +166,8 @@ def test_slices_are_reached_by_slider_wheel_and_keys_and_show_their_own_values(p
 def test_the_file_is_uploaded_as_it_is_with_the_spacing_of_its_header(page, endpoint, tomogram):
     opened(page, tomogram)
     assert page.input_value("#spacing") == str(SPACING)
-    expected = ({"model": "default", "voxel_spacing_angstrom": str(SPACING)}, tomogram.read_bytes())
+    query = {"model": "default", "voxel_spacing_angstrom": str(SPACING), "name": tomogram.name}
+    expected = (query, tomogram.read_bytes())
     assert endpoint.asked_for("POST", "/v1/tomograms") == [expected]
 
 
@@ -279,7 +280,7 @@ def test_voxels_that_are_no_cubes_wait_for_a_spacing_to_be_stated(page, endpoint
     page.click("#find")
     expect(listed(page)).to_have_count(2)
     queries = [query for query, _ in endpoint.asked_for("POST", "/v1/tomograms")]
-    assert queries == [{"model": "default", "voxel_spacing_angstrom": "10"}]
+    assert queries == [{"model": "default", "voxel_spacing_angstrom": "10", "name": "tomo_1.mrc"}]
 
 
 @pytest.mark.usefixtures("tomogram")
