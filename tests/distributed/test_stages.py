@@ -69,7 +69,7 @@ def test_three_channels_are_the_slice_between_its_neighbours_also_at_the_ends(pl
     three = changed(settings, model={"in_slices": 3, "slice_step": 2})
     row = plan.to_pylist()[0] | {"zs": [0, 1, 2]}
     loaded = LoadSlab(three).load(row)
-    assert with_neighbours([0, 1, 2], 20, three) == [0, 1, 2, 3, 4]
+    assert with_neighbours([0, 1, 2], 20, step=2) == [0, 1, 2, 3, 4]
     # frame n holds slice n here, so the places are slice numbers
     assert np.reshape(loaded["channels"], (3, 3)).tolist() == [[0, 0, 2], [0, 1, 3], [0, 2, 4]]
 
