@@ -20,6 +20,9 @@ from motor_ray.errors import ConfigError
 HEATMAP_STRIDE = 4
 """Frame pixels per heatmap cell: 720 x 720 frames have 180 x 180 cells."""
 
+LEVEL_STRIDES = (HEATMAP_STRIDE, 8, 16)
+"""Frame pixels per cell of the pyramid's levels P2, P3 and P4."""
+
 
 class Settings(BaseModel):
     """A group of settings: immutable, and an unknown name is an error."""
@@ -118,8 +121,12 @@ class TargetSettings(Settings):
     box_pixels: float = Field(100.0, gt=0)
     """Edge of the box drawn around a motor, in frame pixels. The labels are points; the boxes are ours."""
 
+    box_angstrom: float | None = Field(None, gt=0)
+    """Edge of that box in angstrom instead, so that it follows the voxel spacing and the frame's scale. In frames of
+    mode 'fit' an untrained network still starts from boxes of `box_pixels`."""
+
     sigma: float = Field(2.0, gt=0)
-    """Standard deviation of a centre's Gaussian, in heatmap cells."""
+    """Standard deviation of a centre's Gaussian, in heatmap cells; with several levels in cells of the box's own."""
 
     reach_angstrom: float = Field(60.0, ge=0)
     """A slice shows a motor if it lies within this distance of the motor's centre along z."""
@@ -130,6 +137,8 @@ class TargetSettings(Settings):
 
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_b3"]
+
+Attention = Literal["none", "cbam"]
 
 
 class ModelSettings(Settings):
@@ -147,11 +156,53 @@ class ModelSettings(Settings):
     slice_step: int = Field(1, ge=1, le=64)
     """k, in slices, when `in_slices` is 3."""
 
+    slice_step_angstrom: float | None = Field(None, gt=0)
+    """k in angstrom instead: in each tomogram the nearest number of slices, at least one. Where the voxel spacing is
+    unknown, `link.assumed_spacing_angstrom` is taken for it."""
+
+    neck: Literal["pyramid", "deconvolution", "light"] = "pyramid"
+    """Between backbone and heads. 'pyramid': a feature pyramid. 'deconvolution': three transposed convolutions on the
+    coarsest features, as in the plain CenterNet. 'light': a pyramid and heads of separable convolutions, cheaper by
+    far, for speed with a small backbone."""
+
+    attention: Attention = "none"
+    """'cbam': channel and spatial attention (Woo et al. 2018, arXiv 1807.06521) on the pyramid's sums and before the
+    heads; it starts as if it were not there."""
+
+    levels: Literal[1, 2, 3] = 1
+    """Levels of the pyramid that have heads: P2, of stride 4; P3, for boxes of 64 frame pixels and more; P4, of 128 and
+    more."""
+
     neck_channels: int = Field(256, ge=8)
-    """Channels of the feature pyramid."""
+    """Channels of the feature pyramid, and of the first of the transposed convolutions, whose last has a quarter."""
 
     head_channels: int = Field(64, ge=8)
     """Channels between a head's two convolutions."""
+
+    @model_validator(mode="after")
+    def _levels_have_features(self) -> "ModelSettings":
+        if self.levels > 1 and self.neck == "deconvolution":
+            raise ValueError(
+                f"model.levels {self.levels} needs features of several strides, but model.neck deconvolution makes "
+                "stride 4 alone; choose --model.neck pyramid or light, or --model.levels 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _step_is_of_use(self) -> "ModelSettings":
+        if self.slice_step_angstrom is None:
+            return self
+        if self.in_slices == 1:
+            raise ValueError(
+                f"model.slice_step_angstrom {self.slice_step_angstrom:g} says how far apart three slices lie, but "
+                "model.in_slices is 1; set --model.in-slices 3, or leave the step out"
+            )
+        if self.slice_step != 1:
+            raise ValueError(
+                f"model.slice_step_angstrom {self.slice_step_angstrom:g} and model.slice_step {self.slice_step} say "
+                "the same thing in two ways; leave one of them out"
+            )
+        return self
 
 
 class LossSettings(Settings):

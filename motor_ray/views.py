@@ -18,7 +18,7 @@ from motor_ray.motors.figures import CheckRow, MotorsPanel, close_up
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.preprocess import make_frames, to_uint8
-from motor_ray.slices.targets import boxes_on_frame, draw_targets
+from motor_ray.slices.targets import box_on_frame, boxes_on_frame, draw_targets
 
 Row = dict[str, Any]
 """A row of the MANIFEST."""
@@ -32,7 +32,8 @@ CLOSE_UP_ANGSTROM = 3000.0
 
 def box_edges(slice_shape: tuple[int, int], spacing: float | None, settings: RunSettings) -> tuple[float, float]:
     """Height and width, in slice voxels, of the boxes that the network was taught on such a slice."""
-    height, width = settings.targets.box_pixels / frames_of(slice_shape, spacing, settings.frame)[0].scale
+    frame = frames_of(slice_shape, spacing, settings.frame)[0]
+    height, width = box_on_frame(frame, spacing, settings) / frame.scale
     return float(height), float(width)
 
 
@@ -45,7 +46,7 @@ def check_row(title: str, row: Row, labels: Labels, settings: RunSettings, chang
     fade = targets.fade_angstrom / spacing if targets.fade_angstrom else None
     placement = frames_of(image.shape, spacing, settings.frame)
     boxes = [
-        boxes_on_frame(motors, z, targets.reach_angstrom / spacing, frame, targets.box_pixels, fade)
+        boxes_on_frame(motors, z, targets.reach_angstrom / spacing, frame, box_on_frame(frame, spacing, settings), fade)
         for frame in placement
     ]
     tile = int(np.argmax([len(some) for some in boxes]))

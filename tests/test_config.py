@@ -32,6 +32,30 @@ def test_every_wrong_value_is_named_with_what_was_given():
         settings_from({"train": {"epochs": 0}, "detect": {"score_threshold": "high"}})
 
 
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (
+            {"levels": 2, "neck": "deconvolution"},
+            r"model\.levels 2 needs .* model\.neck deconvolution makes .*choose --",
+        ),
+        (
+            {"slice_step_angstrom": 40.0},
+            r"slice_step_angstrom 40 says .* model\.in_slices is 1; set --model\.in-slices 3",
+        ),
+        (
+            {"slice_step_angstrom": 40.0, "slice_step": 2, "in_slices": 3},
+            r"slice_step_angstrom 40 and model\.slice_step 2 say the same thing",
+        ),
+        ({"levels": 4}, r"model\.levels: .*got 4"),
+        ({"neck": "fpn"}, r"model\.neck: .*'pyramid', 'deconvolution' or 'light'.*got 'fpn'"),
+    ],
+)
+def test_networks_that_make_no_sense_are_refused_with_both_values(model, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        settings_from({"model": model})
+
+
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         RunSettings().train.epochs = 3  # type: ignore[misc]

@@ -105,12 +105,16 @@ def bench_preprocess(settings: RunSettings | None = None, *, runs: int = 30) -> 
 
 
 class NaiveDetector(nn.Module):
-    """The network of `model` as one would write it down: three heads of their own, three copies of a grey image."""
+    """The network of `model`, of one level and without attention, as one would write it down.
+
+    That is with three heads of their own and three copies of a grey image.
+    """
 
     def __init__(self, model: Detector) -> None:
         super().__init__()
         self.backbone, self.neck, self.presence = model.backbone, model.neck, model.presence
         merged = model.heads.shared
+        assert isinstance(merged, nn.Conv2d), "a light network has heads of another kind"
         self.heads = nn.ModuleList()
         for number, last in enumerate((model.heads.heatmap, model.heads.size, model.heads.offset)):
             own = slice(number * last.in_channels, (number + 1) * last.in_channels)
@@ -121,10 +125,10 @@ class NaiveDetector(nn.Module):
 
     def forward(self, images: torch.Tensor) -> Prediction:
         """Predict for `images`, `(b, in_slices, H, W)` z-scored float32."""
-        c2, c3, c4, c5 = self.backbone(images.repeat(1, 3 // images.shape[1], 1, 1))
-        features = self.neck(c2, c3, c4)
-        heatmap, size, offset = (head(features) for head in self.heads)
-        return Prediction(heatmap, size, offset, self.presence(c5))
+        features = self.backbone(images.repeat(1, 3 // images.shape[1], 1, 1))
+        [finest] = self.neck(features)
+        heatmap, size, offset = (head(finest) for head in self.heads)
+        return Prediction(heatmap, size, offset, self.presence(features.c5))
 
 
 def trained_model(settings: ModelSettings, steps: int) -> Detector:

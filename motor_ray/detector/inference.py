@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from motor_ray.config import HEATMAP_STRIDE
 from motor_ray.detector.device import autocast_dtype, can_compile, frames_per_pass
 from motor_ray.detector.heads import OUTPUTS
+from motor_ray.detector.levels import merge_levels
 from motor_ray.detector.model import Detector, Prediction, standardise
 from motor_ray.errors import RunError
 
@@ -48,30 +49,35 @@ class FoldedDetector(nn.Module):
     def __init__(self, model: Detector) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        fold_batch_norms(model.backbone)
+        fold_batch_norms(model)
         if model.in_slices == 1:
             _sum_input_channels(model.backbone)
         self.backbone, self.neck, self.presence = model.backbone, model.neck, model.presence
-        self.first = model.heads.shared
+        self.first = nn.Sequential(model.heads.attention, model.heads.shared)
         self.last = _block_diagonal([model.heads.heatmap, model.heads.size, model.heads.offset])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps `(b, 5, h, w)`, of heatmap, size and offset, and presence logits, of `images` `(b, in_slices, H, W)`."""
-        c2, c3, c4, c5 = self.backbone(images)
+        features = self.backbone(images)
+        levels = [torch.split_with_sizes(self._maps(level), OUTPUTS, dim=1) for level in self.neck(features)]
+        return torch.cat(merge_levels(levels), dim=1), self.presence(features.c5)
+
+    def _maps(self, features: torch.Tensor) -> torch.Tensor:
         # The last, tiny step is in float32: rounded to bfloat16, neighbouring cells often tie for the peak.
-        maps = self.last(F.relu(self.first(self.neck(c2, c3, c4))).to(self.last.weight.dtype))
-        return maps, self.presence(c5)
+        maps: torch.Tensor = self.last(F.relu(self.first(features)).to(self.last.weight.dtype))
+        return maps
 
 
 def fold_batch_norms(module: nn.Module) -> None:
     """Fold, in place, every batch normalisation in `module` into the convolution that stands right before it.
 
-    That is also where its input comes from, in all of torchvision's networks used here.
+    That is also where its input comes from, in all of torchvision's networks used here and in ours.
     """
     children = list(module.named_children())
     for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+        if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
+            transposed = isinstance(conv, nn.ConvTranspose2d)
+            setattr(module, conv_name, fuse_conv_bn_eval(conv, norm, transpose=transposed))
             setattr(module, norm_name, nn.Identity())
     for _, child in children:
         fold_batch_norms(child)

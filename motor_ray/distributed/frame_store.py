@@ -31,7 +31,9 @@ SPARE_BYTES = 500e6
 def store_name(plan: pa.Table, settings: RunSettings) -> str:
     """A name for the frames of a plan: settings that make other pixels give another."""
     pixels = [settings.archive, settings.frame, settings.preprocess]
-    seen = (settings.model.in_slices, settings.model.slice_step)
+    seen: list[float] = [settings.model.in_slices, settings.model.slice_step]
+    if settings.model.slice_step_angstrom is not None:
+        seen += [settings.model.slice_step_angstrom, settings.link.assumed_spacing_angstrom]
     return "-".join([table_hash(plan), *map(settings_hash, pixels), *map(str, seen)])
 
 

@@ -7,7 +7,7 @@ so that counts add up and a row keeps its id from the plan to the file.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -63,18 +63,16 @@ class LoadSlab:
 
     def load(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The FRAMES row of a PLAN row; ``frames`` is an array ``(n, tiles, size, size)``."""
-        wanted = with_neighbours(row["zs"], row["size_z"], self.settings)
+        step = channel_step(row["voxel_spacing_angstrom"], self.settings)
+        wanted = with_neighbours(row["zs"], row["size_z"], step)
         frames, fates = self._load_slices(row, wanted)
         places = {z: place for place, z in enumerate(z for z in wanted if fates[z].error is None)}
         good = [z for z in row["zs"] if z in places]
         return dict(row) | {
             "loaded": [entry_of(z, fates[z]) for z in row["zs"]],
             "frames": frames,
-            "channels": [places.get(c, places[z]) for z in good for c in self._channels(z, row["size_z"])],
+            "channels": [places.get(c, places[z]) for z in good for c in channels_of(z, row["size_z"], step)],
         }
-
-    def _channels(self, z: int, size_z: int) -> list[int]:
-        return with_neighbours([z], size_z, self.settings, clamp=True)
 
     def _load_slices(self, row: Mapping[str, Any], zs: list[int]) -> tuple[NDArray[np.uint8], dict[int, Fate]]:
         """The frames ``(n, tiles, size, size)`` of those of the slices `zs` that are good, and what became of each."""
@@ -125,16 +123,29 @@ class LoadSlab:
             self.count("retries", now - before)
 
 
-def with_neighbours(zs: list[int], size_z: int, settings: RunSettings, *, clamp: bool = False) -> list[int]:
-    """`zs` and the slices that the model sees beside them.
+def channel_step(voxel_spacing_angstrom: float | None, settings: RunSettings) -> int:
+    """How many slices lie between the channels of an image of such a tomogram; 0 if it has but one channel.
 
-    Sorted and each once; or, with `clamp`, one per channel in order, a neighbour outside the tomogram replaced by the
-    last slice inside.
+    A spacing that is unknown is taken to be ``link.assumed_spacing_angstrom``.
     """
-    reach = settings.model.slice_step if settings.model.in_slices == 3 else 0
-    steps = (-reach, 0, reach) if reach else (0,)
-    near = [min(max(z + step, 0), size_z - 1) for z in zs for step in steps]
-    return near if clamp else sorted(set(near))
+    model = settings.model
+    if model.in_slices == 1:
+        return 0
+    if model.slice_step_angstrom is None:
+        return model.slice_step
+    spacing = voxel_spacing_angstrom or settings.link.assumed_spacing_angstrom
+    return max(round(model.slice_step_angstrom / spacing), 1)
+
+
+def channels_of(z: int, size_z: int, step: int) -> list[int]:
+    """The slices that are the channels of slice `z`, in order; beyond its ends the tomogram goes on as it ended."""
+    steps = (-step, 0, step) if step else (0,)
+    return [min(max(z + one, 0), size_z - 1) for one in steps]
+
+
+def with_neighbours(zs: Iterable[int], size_z: int, step: int) -> list[int]:
+    """The channels of all of `zs`, in order and each once: what has to be read."""
+    return sorted({channel for z in zs for channel in channels_of(z, size_z, step)})
 
 
 def entry_of(z: int, fate: Fate) -> dict[str, Any]:

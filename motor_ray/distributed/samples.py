@@ -22,7 +22,7 @@ from motor_ray.config import RunSettings
 from motor_ray.errors import LabelsError, RunError
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import Frame, frames_of
-from motor_ray.slices.targets import Targets, boxes_on_frame, draw_targets
+from motor_ray.slices.targets import Targets, box_on_frame, boxes_on_frame, draw_targets
 from motor_ray.tables import PLAN
 
 CLEARANCE_ANGSTROM = 500.0
@@ -134,7 +134,7 @@ class Samples(Sequence["Sample | None"]):
     """
 
     def __init__(self, plan: pa.Table, labels: Labels, settings: RunSettings, frames: Frames) -> None:
-        self._labels, self._targets, self._frames = labels, settings.targets, frames
+        self._labels, self._settings, self._frames = labels, settings, frames
         self._places = sorted(_places_of(plan, settings))
 
     def __len__(self) -> int:
@@ -145,13 +145,13 @@ class Samples(Sequence["Sample | None"]):
         pixels = self._frames.frame(slice_id)
         if pixels is None:
             return None
-        targets, fade = self._targets, self._targets.fade_angstrom
+        targets, fade = self._settings.targets, self._settings.targets.fade_angstrom
         boxes = boxes_on_frame(
             self._labels.motors_of(tomo_id),
             z,
             targets.reach_angstrom / spacing,
             frame,
-            targets.box_pixels,
+            box_on_frame(frame, spacing, self._settings),
             fade / spacing if fade else None,
         )
         return Sample(slice_id, pixels, boxes)
@@ -230,7 +230,8 @@ def _make_batch(
     samples: Sequence[Sample | None], places: Sequence[int], settings: RunSettings, epoch: int | None
 ) -> Batch:
     shown = [prepare_sample(readable(samples, place), settings, epoch) for place in places]
-    drawn = [draw_targets(sample.boxes, settings.frame.size, settings.targets) for sample in shown]
+    levels = settings.model.levels
+    drawn = [draw_targets(sample.boxes, settings.frame.size, settings.targets, levels) for sample in shown]
     images = torch.from_numpy(np.stack([sample.frame for sample in shown]))
     return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [sample.slice_id for sample in shown])
 

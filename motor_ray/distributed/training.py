@@ -29,7 +29,7 @@ from ray.train.v2.api.validation_config import ValidationConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from motor_ray.archive.labels import Labels, Part, read_labels, split_tomograms, write_labels
-from motor_ray.config import HEATMAP_STRIDE, RunSettings, settings_differences
+from motor_ray.config import RunSettings, settings_differences
 from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
 from motor_ray.detector.model import Detector, build_model
@@ -46,6 +46,7 @@ from motor_ray.distributed.worker import PARTS, train_worker
 from motor_ray.errors import LabelsError, RunError, UnfinishedError
 from motor_ray.motors.curves import training_curve
 from motor_ray.results import draw_validation
+from motor_ray.slices.targets import usual_box_cells
 from motor_ray.storage import (
     absolute,
     arrow_filesystem,
@@ -315,7 +316,7 @@ def new_model(settings: RunSettings) -> Detector:
     torch.manual_seed(settings.train.seed)
     start = settings.train.start_from
     described = settings.model.model_copy(update={"pretrained": "none"}) if start else settings.model
-    model = build_model(described, box_cells=settings.targets.box_pixels / HEATMAP_STRIDE)
+    model = build_model(described, box_cells=usual_box_cells(settings))
     if start:
         load_weights(start, model)
     return model

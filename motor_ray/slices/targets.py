@@ -9,14 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from motor_ray.config import HEATMAP_STRIDE, TargetSettings
+from motor_ray.config import LEVEL_STRIDES, RunSettings, TargetSettings
 from motor_ray.slices.frame import Frame, inside
+
+LEVEL_CELLS = 16
+"""A box whose longer edge has this many cells of a level, or more, belongs to a coarser one, if there is one: with
+strides of 4, 8 and 16 to P2 below 64 frame pixels, to P3 below 128, else to P4.
+
+These are the ranges of FCOS (Tian et al. 2019, arXiv 1904.01355), where an edge is at most 8 strides from the centre.
+So a box has 8 to 16 cells on every level, but for the smallest and the largest ones, and the heads can be the same."""
 
 
 class Targets(NamedTuple):
-    """Targets of one frame, or of a batch with a leading axis; all float32, lengths in heatmap cells."""
+    """Targets of one frame, or of a batch with a leading axis; all float32, lengths in heatmap cells.
+
+    Those of several levels stand in one row, ``(1, 1, n)`` instead of ``(1, h, w)``, finest level first, as what a
+    network predicts in training does.
+    """
 
     heatmap: torch.Tensor
     """``(1, h, w)`` in [0, 1]: around each centre a Gaussian, whose maximum there is the centre's peak."""
@@ -39,12 +50,13 @@ def boxes_on_frame(
     z: int,
     reach_voxels: float,
     frame: Frame,
-    box_pixels: float,
+    box_pixels: ArrayLike,
     fade_voxels: float | None = None,
 ) -> NDArray[np.float64]:
     """The ``(n, 5)`` boxes of the motors that `frame` shows of slice `z`.
 
     Their columns are centre y, x, height and width in frame pixels, and peak from 0 to 1, how high the target shall be.
+    `box_pixels` is the edge of all of them, or their height and width; see `box_on_frame`.
     `motors` are ``(m, 3)`` z, y, x in voxels; a motor shows within `reach_voxels` of its centre along z. On slices away
     from the centre the peak is lower as a Gaussian of standard deviation `fade_voxels` is; always 1 if that is None.
     """
@@ -56,18 +68,62 @@ def boxes_on_frame(
     return np.column_stack([centres, edges, peaks[near]])[inside(centres, frame.size)]
 
 
-def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings) -> Targets:
-    """Targets of a frame of edge `size` pixels.
+def box_on_frame(frame: Frame, voxel_spacing_angstrom: float | None, settings: RunSettings) -> NDArray[np.float64]:
+    """Height and width ``(2,)``, in frame pixels, of the box that is drawn around a motor on `frame`.
+
+    A spacing that is unknown is taken to be ``link.assumed_spacing_angstrom``.
+    """
+    targets = settings.targets
+    if targets.box_angstrom is None:
+        return np.full(2, targets.box_pixels)
+    return targets.box_angstrom / (voxel_spacing_angstrom or settings.link.assumed_spacing_angstrom) * frame.scale
+
+
+def usual_box_cells(settings: RunSettings) -> float:
+    """Edge of a usual box, in cells of its level: what a network predicts before it has learned anything."""
+    edge = settings.targets.box_pixels
+    if settings.targets.box_angstrom is not None and settings.frame.mode == "spacing":
+        edge = settings.targets.box_angstrom / settings.frame.spacing_angstrom
+    [level] = levels_of(np.array([[0, 0, edge, edge]]), settings.model.levels)
+    return edge / LEVEL_STRIDES[level]
+
+
+def levels_of(boxes: NDArray[np.float64], levels: int) -> NDArray[np.int64]:
+    """To which of so many levels, 0 for the finest, each of ``(n, 4)`` or ``(n, 5)`` boxes belongs: to just one."""
+    limits = LEVEL_CELLS * np.array(LEVEL_STRIDES[: levels - 1])
+    return np.searchsorted(limits, boxes[:, 2:4].max(axis=1), side="right")
+
+
+def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings, levels: int = 1) -> Targets:
+    """Targets of a frame of edge `size` pixels, for a network of so many `levels`.
 
     `boxes` are ``(n, 5)`` centre y, x, height, width in frame pixels, and peak; or ``(n, 4)``, whose peaks are 1.
     Centres must lie in the frame. Of two boxes centred in one cell the one with the higher peak counts, or the later.
     """
-    edge = size // HEATMAP_STRIDE
+    drawn = draw_levels(boxes, size, settings, levels)
+    if levels == 1:
+        return drawn[0]
+    *maps, presence = zip(*drawn, strict=True)
+    cells = [torch.cat([part.flatten(1) for part in parts], dim=1).unsqueeze(1) for parts in maps]
+    return Targets(*cells, torch.stack(presence).amax())
+
+
+def draw_levels(boxes: NDArray[np.float64], size: int, settings: TargetSettings, levels: int) -> list[Targets]:
+    """Targets as `draw_targets` makes them, those of each level by itself: of the boxes that belong to it."""
+    owner = levels_of(boxes, levels)
+    return [
+        _draw_level(boxes[owner == level], size, settings, stride)
+        for level, stride in enumerate(LEVEL_STRIDES[:levels])
+    ]
+
+
+def _draw_level(boxes: NDArray[np.float64], size: int, settings: TargetSettings, stride: int) -> Targets:
+    edge = size // stride
     peaks = boxes[:, 4] if boxes.shape[1] == 5 else np.ones(len(boxes))
     order = np.argsort(peaks, kind="stable")
     boxes, peaks = boxes[order, :4], peaks[order]
     # A pixel's index is its centre, so the first cell of 4 pixels reaches from -0.5 to 3.5.
-    centres, sizes_in_cells = (boxes[:, :2] + 0.5) / HEATMAP_STRIDE, boxes[:, 2:] / HEATMAP_STRIDE
+    centres, sizes_in_cells = (boxes[:, :2] + 0.5) / stride, boxes[:, 2:] / stride
     cells = np.floor(centres).astype(np.int64)
     if cells.size and (cells.min() < 0 or cells.max() >= edge):
         outside = boxes[((cells < 0) | (cells >= edge)).any(axis=1)][0]

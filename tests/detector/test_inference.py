@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from motor_ray.detector.model import Detector, standardise
 from motor_ray.errors import RunError
 
 SmallModel = Callable[..., Detector]
+
+OTHERS = [
+    {"levels": 2},
+    {"levels": 3, "attention": "cbam"},
+    {"neck": "light", "levels": 3, "attention": "cbam"},
+    {"neck": "deconvolution", "attention": "cbam"},
+]
+"""Networks that are not the default one."""
+
 CPU = torch.device("cpu")
 
 
@@ -29,9 +39,31 @@ def test_folded_inference_equals_the_evaluated_model(small_model: SmallModel, ba
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def with_gates(model: Detector) -> Detector:
+    """`model` with attention that is no longer the identity."""
+    for name, parameter in model.named_parameters():
+        if "attend" in name or "attention" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
+def test_folded_inference_equals_every_kind_of_network(small_model: SmallModel, changes: dict[str, Any]) -> None:
+    model = with_gates(small_model(**changes))
+    frames = torch.randint(0, 256, (2, 1, 80, 144), generator=torch.manual_seed(3)).to(torch.uint8)
+    with torch.no_grad():
+        expected = model(standardise(frames))
+    found = prepare(model, CPU, mixed_precision=False)(frames)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    mixed = prepare(model, CPU)(frames)
+    assert all(part.dtype == torch.float32 for part in mixed)
+    torch.testing.assert_close(mixed.heatmap.sigmoid(), expected.heatmap.sigmoid(), atol=0.02, rtol=0)
+    assert [part.shape[1:] for part in prepare(model, CPU)(frames[:0])] == [part.shape[1:] for part in mixed]
+
+
 def test_no_batch_normalisation_is_left(small_model: SmallModel) -> None:
-    for backbone in ("resnet18", "efficientnet_b3"):
-        folded = inference.FoldedDetector(small_model(backbone))
+    for backbone, neck in (("resnet18", "deconvolution"), ("efficientnet_b3", "pyramid")):
+        folded = inference.FoldedDetector(small_model(backbone, neck=neck))
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
@@ -98,8 +130,9 @@ def test_the_cpu_talks_gloo_and_pins_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not device.can_compile(CPU), reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("default")  # what torch's compiler warns of is its own affair
-def test_compiled_inference_equals_the_evaluated_model(small_model: SmallModel) -> None:
-    model = small_model()
+@pytest.mark.parametrize("changes", [{}, *OTHERS], ids=str)
+def test_compiled_inference_equals_the_evaluated_model(small_model: SmallModel, changes: dict[str, Any]) -> None:
+    model = with_gates(small_model(**changes))
     frames = frames_for(model, count=3)
     with torch.no_grad():
         expected = model(standardise(frames))

@@ -75,7 +75,8 @@ def test_only_settings_that_change_pixels_change_the_name_of_a_store(archive, se
     same = store_name(plan, settings)
     assert name("train", learning_rate=1e-3) == name("augment", flips=True) == name("targets", sigma=3.0) == same
     others = [name("preprocess", clahe=False), name("frame", size=128), name("model", in_slices=3)]
-    assert len({same, *others, store_name(plan.slice(1), settings)}) == 5
+    others += [name("model", in_slices=3, slice_step_angstrom=step) for step in (30.0, 60.0)]
+    assert len({same, *others, store_name(plan.slice(1), settings)}) == 7
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(archive, settings, tmp_path):

@@ -17,8 +17,8 @@ from motor_ray.errors import ConfigError
 from motor_ray.slices.targets import Targets, draw_targets
 
 
-def changed(settings, **values):
-    return settings_from(settings.model_dump() | {"train": settings.train.model_dump() | values})
+def changed(settings, group="train", **values):
+    return settings_from(settings.model_dump() | {group: getattr(settings, group).model_dump() | values})
 
 
 def learner_of(settings, seed=0):
@@ -30,11 +30,11 @@ def learner_of(settings, seed=0):
     return Learner(prepared(model, settings.train), settings, torch.device("cpu"))
 
 
-def batch_of(settings, seed, frames=4):
+def batch_of(settings, seed, frames=4, edges=(32.0,)):
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (frames, 1, 96, 96), dtype=np.uint8))
-    boxes = [np.array([[*rng.uniform(20, 70, 2), 32.0, 32.0]]) for _ in range(frames)]
-    drawn = [draw_targets(box, 96, settings.targets) for box in boxes]
+    boxes = [np.array([[*rng.uniform(20, 70, 2), *[edges[frame % len(edges)]] * 2]]) for frame in range(frames)]
+    drawn = [draw_targets(box, 96, settings.targets, settings.model.levels) for box in boxes]
     return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [f"{seed}/{n}" for n in range(frames)])
 
 
@@ -89,6 +89,27 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_slices(settings
     assert failure.value.slice_ids == bad.slice_ids
     parameters = dict(learner.model.named_parameters())
     assert all((before[name] == parameter).all() for name, parameter in parameters.items())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"neck": "deconvolution"},
+        {"levels": 2},
+        {"levels": 3, "attention": "cbam"},
+        {"neck": "light", "levels": 3, "attention": "cbam"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_network_learns_with_all_its_weights(settings, network):
+    """Workers that share gradients would wait for ever for a weight without one."""
+    learner = learner_of(changed(changed(settings, "model", **network), learning_rate=3e-3))
+    batch = batch_of(learner.settings, 1, edges=(32.0, 80.0, 150.0))
+    losses = [learner.step([batch], 0.0)["total"] for _ in range(12)]
+    assert losses[-1] < 0.85 * losses[0]
+    assert all(parameter.grad is not None for parameter in learner.model.parameters())
+    with torch.no_grad():
+        assert learner.kept.eval()(torch.randn(2, 1, 96, 96)).heatmap.shape == (2, 1, 24, 24)
 
 
 def test_frozen_statistics_stay_as_they_are_while_other_weights_learn(settings):

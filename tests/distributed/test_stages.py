@@ -4,14 +4,17 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
 from motor_ray.detector.looks import Look
+from motor_ray.distributed.frame_store import FrameStore, fill
 from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
-from motor_ray.distributed.loading import LoadSlab, with_neighbours
-from motor_ray.distributed.scoring import ScoreFrames, merge_frames, slice_of
+from motor_ray.distributed.loading import LoadSlab, channel_step, channels_of, with_neighbours
+from motor_ray.distributed.scoring import ScoreFrames, images_of, merge_frames, slice_of
 from motor_ray.errors import OutageError
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import PLAN, SLABS
@@ -69,9 +72,50 @@ def test_three_channels_are_the_slice_between_its_neighbours_also_at_the_ends(pl
     three = changed(settings, model={"in_slices": 3, "slice_step": 2})
     row = plan.to_pylist()[0] | {"zs": [0, 1, 2]}
     loaded = LoadSlab(three).load(row)
-    assert with_neighbours([0, 1, 2], 20, three) == [0, 1, 2, 3, 4]
+    assert with_neighbours([0, 1, 2], 20, step=2) == [0, 1, 2, 3, 4]
     # frame n holds slice n here, so the places are slice numbers
     assert np.reshape(loaded["channels"], (3, 3)).tolist() == [[0, 0, 2], [0, 1, 3], [0, 2, 4]]
+
+
+@pytest.mark.parametrize(("spacing", "step"), [(6.5, 6), (13.1, 3), (19.7, 2), (39.0, 1), (300.0, 1), (None, 4)])
+def test_a_step_in_angstrom_is_the_nearest_number_of_slices_and_at_least_one(settings, spacing, step):
+    asked = changed(
+        settings, model={"in_slices": 3, "slice_step_angstrom": 40.0}, link={"assumed_spacing_angstrom": 10}
+    )
+    assert channel_step(spacing, asked) == step
+    assert channel_step(spacing, changed(settings, model={"in_slices": 3, "slice_step": 2})) == 2
+    assert channel_step(spacing, settings) == 0
+
+
+@given(st.sets(st.integers(0, 29), min_size=1, max_size=8), st.integers(30, 40), st.sampled_from([0, 1, 2, 7, 100]))
+def test_what_is_read_of_a_slab_is_its_channels_and_nothing_else(zs, size_z, step):
+    read = with_neighbours(zs, size_z, step)
+    assert read == sorted(set(read))
+    assert set(read) == {channel for z in zs for channel in channels_of(z, size_z, step)}
+    assert 0 <= read[0] <= read[-1] < size_z
+    for z in zs:
+        below, itself, above = channels_of(z, size_z, step) if step else [z] * 3
+        assert itself == z
+        assert below == (z - step if z >= step else 0)
+        assert above == (z + step if z + step < size_z else size_z - 1)
+
+
+@pytest.mark.parametrize("spacing", [24.0, 8.0, None])
+def test_training_and_detection_see_the_same_channels(plan, settings, spacing, tmp_path):
+    asked = changed(settings, model={"in_slices": 3, "slice_step_angstrom": 50.0})
+    [tomogram] = plan.slice(0, 1).to_pylist()
+    tomogram["voxel_spacing_angstrom"], size_z = spacing, tomogram["size_z"]
+    zs = [0, 1, 3, 9, 18, 19]
+    slab = LoadSlab(asked).load(tomogram | {"zs": zs})
+    detected = images_of(slab, slab["frames"], 1, asked)
+    singles = [tomogram | {"slab_id": str(z), "zs": [z]} for z in zs]
+    fill(tmp_path, [LoadSlab(asked)(pa.Table.from_pylist(singles, schema=PLAN))], asked, print)
+    store = FrameStore(tmp_path, asked)
+    every = LoadSlab(settings).load(tomogram | {"zs": list(range(size_z))})["frames"][:, 0]
+    step = {24.0: 2, 8.0: 6, None: 4}[spacing]
+    for image, z in zip(detected, zs, strict=True):
+        assert (image == store.frame(f"{z}/0")).all()
+        assert (image == every[[max(z - step, 0), z, min(z + step, size_z - 1)]]).all()
 
 
 def test_a_missing_neighbour_is_replaced_by_the_slice_itself(damaged, settings):

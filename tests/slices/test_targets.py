@@ -5,12 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motor_ray.config import HEATMAP_STRIDE, AugmentSettings, FrameSettings, TargetSettings
+from motor_ray.config import (
+    HEATMAP_STRIDE,
+    LEVEL_STRIDES,
+    AugmentSettings,
+    FrameSettings,
+    TargetSettings,
+    settings_from,
+)
 from motor_ray.detector.decode import decode
 from motor_ray.detector.model import Prediction
 from motor_ray.slices.augment import move_boxes, random_transform, warp
 from motor_ray.slices.frame import frames_of
-from motor_ray.slices.targets import boxes_on_frame, draw_targets
+from motor_ray.slices.targets import (
+    box_on_frame,
+    boxes_on_frame,
+    draw_levels,
+    draw_targets,
+    levels_of,
+    usual_box_cells,
+)
 
 RECIPE = TargetSettings()
 SIZE = 720
@@ -122,3 +136,74 @@ def test_a_frame_shows_the_motors_within_reach_along_z_and_inside_it():
     assert (shown[:, 2:4] == RECIPE.box_pixels).all()
     assert (shown[:, 4] == 1).all()
     assert frame.size == HEATMAP_STRIDE * 180
+
+
+@given(boxes, st.sampled_from([1, 2, 3]))
+def test_every_box_belongs_to_one_level_and_larger_ones_to_no_finer_one(drawn, levels):
+    drawn = np.array(drawn).reshape(-1, 4)
+    owner = levels_of(drawn, levels)
+    assert set(owner) <= set(range(levels))
+    assert (np.diff(owner[np.argsort(drawn[:, 2:].max(axis=1), kind="stable")]) >= 0).all()
+    drawn_there = [set(map(tuple, levels_drawn)) for levels_drawn in (drawn[owner == level] for level in range(levels))]
+    assert sum(map(len, drawn_there)) == len(set(map(tuple, drawn)))
+    for level, targets in enumerate(draw_levels(drawn, SIZE, RECIPE, levels)):
+        assert targets.mask.shape == (1, SIZE // LEVEL_STRIDES[level], SIZE // LEVEL_STRIDES[level])
+        assert float(targets.presence) == (level in owner)
+        assert bool(targets.mask.any()) == (level in owner)
+
+
+@pytest.mark.parametrize(
+    ("edges", "owner"), [((63.9, 10), 0), ((10, 64), 1), ((127, 127), 1), ((128, 1), 2), ((700, 700), 2)]
+)
+def test_the_longer_edge_says_which_level_a_box_belongs_to(edges, owner):
+    box = np.array([[100, 100, *edges]])
+    assert levels_of(box, 3).tolist() == [owner]
+    assert levels_of(box, 2).tolist() == [min(owner, 1)]
+    assert levels_of(box, 1).tolist() == [0]
+
+
+def settings_of(**groups):
+    return settings_from(groups)
+
+
+@pytest.mark.parametrize("mode", ["fit", "spacing"])
+@pytest.mark.parametrize(("shape", "spacing"), [((960, 928), 13.1), ((1912, 1847), 6.5), ((924, 956), 19.7)])
+def test_a_box_in_angstrom_is_as_large_in_the_specimen_on_every_frame(mode, shape, spacing):
+    asked = settings_of(targets={"box_angstrom": 1000.0}, frame={"mode": mode})
+    for frame in frames_of(shape, spacing, asked.frame):
+        edges = box_on_frame(frame, spacing, asked)
+        np.testing.assert_allclose(edges / frame.scale * spacing, 1000.0)
+        shown = boxes_on_frame(np.array([[5, *frame.to_slice([300, 300])]]), 5, 0.0, frame, edges)
+        np.testing.assert_allclose(shown, [[300, 300, *edges, 1]], atol=1e-9)
+        np.testing.assert_allclose(frame.boxes_to_slice(shown[:, :4])[0, 2:] * spacing, 1000.0)
+
+
+def test_boxes_in_angstrom_differ_between_tomograms_of_one_frame_size():
+    asked = settings_of(targets={"box_angstrom": 1000.0})
+    edges = [
+        box_on_frame(frames_of(shape, spacing, asked.frame)[0], spacing, asked)[0]
+        for shape, spacing in (((960, 928), 13.1), ((924, 956), 19.7))
+    ]
+    np.testing.assert_allclose(edges, [1000 / 13.1 * 720 / 960, 1000 / 19.7 * 720 / 956], rtol=1e-3)
+
+
+def test_without_a_spacing_the_assumed_one_counts_and_without_angstrom_none():
+    [frame] = frames_of((960, 928), None, FrameSettings())
+    asked = settings_of(targets={"box_angstrom": 1000.0}, link={"assumed_spacing_angstrom": 20.0})
+    np.testing.assert_array_equal(box_on_frame(frame, None, asked), box_on_frame(frame, 20.0, asked))
+    for spacing in (None, 6.5, 20.0):
+        assert box_on_frame(frame, spacing, settings_of(targets={"box_pixels": 63.0})).tolist() == [63, 63]
+
+
+@pytest.mark.parametrize(
+    ("groups", "cells"),
+    [
+        ({}, 25),
+        ({"model": {"levels": 2}}, 12.5),  # 100 pixels belong to P3, of stride 8
+        ({"model": {"levels": 3}, "targets": {"box_pixels": 160}}, 10),
+        ({"targets": {"box_angstrom": 1000.0}}, 25),
+        ({"targets": {"box_angstrom": 800.0}, "frame": {"mode": "spacing", "spacing_angstrom": 16.0}}, 12.5),
+    ],
+)
+def test_an_untrained_network_starts_from_boxes_of_the_usual_size_on_their_level(groups, cells):
+    assert usual_box_cells(settings_of(**groups)) == cells
