@@ -162,8 +162,8 @@ class ModelSettings(Settings):
 
     neck: Literal["pyramid", "deconvolution", "light"] = "pyramid"
     """Between backbone and heads. 'pyramid': a feature pyramid. 'deconvolution': three transposed convolutions on the
-    coarsest features, as in the plain CenterNet. 'light': a pyramid and heads of separable convolutions, cheaper by
-    far, for speed with a small backbone."""
+    coarsest features, as in the plain CenterNet. 'light': a pyramid and heads of separable convolutions and half the
+    channels, for speed with a small backbone."""
 
     attention: Attention = "none"
     """'cbam': channel and spatial attention (Woo et al. 2018, arXiv 1807.06521) on the pyramid's sums and before the
@@ -174,10 +174,11 @@ class ModelSettings(Settings):
     more."""
 
     neck_channels: int = Field(256, ge=8)
-    """Channels of the feature pyramid, and of the first of the transposed convolutions, whose last has a quarter."""
+    """Channels of the feature pyramid; a light one has half of them. Of the transposed convolutions the first has so
+    many, the last a quarter."""
 
     head_channels: int = Field(64, ge=8)
-    """Channels between a head's two convolutions."""
+    """Channels between a head's two convolutions; half of them with a light neck."""
 
     @model_validator(mode="after")
     def _levels_have_features(self) -> "ModelSettings":

@@ -22,10 +22,10 @@ def build_attention(kind: Attention, channels: int) -> nn.Module:
 class CBAM(nn.Module):
     """Channel attention, then spatial attention: gates that multiply a feature map `(b, c, h, w)`.
 
-    A gate is twice a sigmoid and starts at exactly 1, its last weights being zero, where the published one starts
-    at about a half: half of every gate would change what the layers around it were made, or trained, for, five times
-    over down to the heads. So an untrained module is the identity with a gradient, and can raise a place as well as
-    lower it. The factor 2 changes nothing of what can be learned, as the next convolution can halve it.
+    A gate is twice a sigmoid, and its last weights start at zero, so that an untrained module is exactly the identity.
+    Published gates start at about a half, and the two of a module would leave a quarter of what comes in: the layers
+    behind would not see what they were initialised, or trained, for. A sigmoid that is nearly open instead has hardly
+    a gradient. The factor 2 changes nothing of what can be learned, as the next convolution can halve it.
     """
 
     def __init__(self, channels: int) -> None:

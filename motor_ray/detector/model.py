@@ -46,11 +46,12 @@ class Detector(nn.Module):
         self.in_slices = settings.in_slices
         self.backbone = build_backbone(settings.backbone)
         self.neck = build_neck(self.backbone.channels, settings)
+        light = settings.neck == "light"
         self.heads = Heads(
             self.neck.out_channels,
-            settings.head_channels,
+            settings.head_channels // 2 if light else settings.head_channels,
             box_cells,
-            separable=settings.neck == "light",
+            separable=light,
             attention=settings.attention,
         )
         self.presence = PresenceHead(self.backbone.channels[-1])

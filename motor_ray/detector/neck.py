@@ -13,12 +13,15 @@ from motor_ray.detector.convolutions import convolution
 class Pyramid(nn.Module):
     """Lateral 1 x 1 convolutions on C2, C3 and C4, bilinear 2 x from the top down, a 3 x 3 convolution on each sum.
 
-    Its finest `settings.levels` maps are what the heads look at. A 'light' one has separable convolutions.
+    Its finest `settings.levels` maps are what the heads look at. A light one has separable convolutions and half the
+    channels.
     """
 
     def __init__(self, channels: tuple[int, ...], settings: ModelSettings) -> None:
         super().__init__()
-        self.levels, self.out_channels, separable = settings.levels, settings.neck_channels, settings.neck == "light"
+        separable = settings.neck == "light"
+        self.levels = settings.levels
+        self.out_channels = settings.neck_channels // 2 if separable else settings.neck_channels
         c2, c3, c4 = channels[:3]
         self.lateral2 = nn.Conv2d(c2, self.out_channels, 1)
         self.lateral3 = nn.Conv2d(c3, self.out_channels, 1)
