@@ -37,6 +37,11 @@ def make_frames(
     return made
 
 
+def clahe_switched(settings: PreprocessSettings) -> PreprocessSettings:
+    """The same but for CLAHE, which is off if it was on, and on if it was off."""
+    return settings.model_copy(update={"clahe": not settings.clahe})
+
+
 def to_uint8(image: NDArray[np.generic], settings: PreprocessSettings) -> NDArray[np.uint8]:
     """8-bit slices as they are; others clipped at percentiles and stretched to 0-255, a constant one to 0.
 
