@@ -21,7 +21,7 @@ from motor_ray.config import RunSettings
 from motor_ray.distributed.frames import frames_table
 from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, SliceMissingError
 from motor_ray.slices.frame import Frame, frames_of
-from motor_ray.slices.preprocess import clahe_switched, make_frames
+from motor_ray.slices.preprocess import contrasts_of, make_frames
 from motor_ray.slices.repair import Repair, find_repair, repaired
 from motor_ray.storage import retries
 
@@ -54,7 +54,7 @@ class LoadSlab:
         self, settings: RunSettings, *, contrasts: int = 1, count: Callable[[str, int], None] | None = None
     ) -> None:
         self.settings, self.count = settings, count
-        self.contrasts = [settings.preprocess, clahe_switched(settings.preprocess)][:contrasts]
+        self.contrasts = contrasts_of(settings.preprocess, contrasts)
         # OpenCV would start a thread for each of the machine's cores, in every loader.
         cv2.setNumThreads(1)
         self._open = lru_cache(OPEN_TOMOGRAMS)(self._open_tomogram)

@@ -37,9 +37,9 @@ def make_frames(
     return made
 
 
-def clahe_switched(settings: PreprocessSettings) -> PreprocessSettings:
-    """The same but for CLAHE, which is off if it was on, and on if it was off."""
-    return settings.model_copy(update={"clahe": not settings.clahe})
+def contrasts_of(settings: PreprocessSettings, contrasts: int) -> list[PreprocessSettings]:
+    """How each of 1 or 2 versions of a frame is made: as `settings` say; and with CLAHE off, or on if it is off."""
+    return [settings, settings.model_copy(update={"clahe": not settings.clahe})][:contrasts]
 
 
 def to_uint8(image: NDArray[np.generic], settings: PreprocessSettings) -> NDArray[np.uint8]:
