@@ -45,10 +45,10 @@ def make_soup(models: Models, out: str, manifest: pa.Table | None, archive: Arch
     network or fewer than two, RunError if `out` is there already or no slice can be read.
     """
     out, uris = absolute(out), find_checkpoints(models)
-    soup = Ensemble(uris, [describe_checkpoint(uri) for uri in uris])
-    check_compatible(soup.uris, soup.members, weights=True)
     if len(uris) < 2:
         raise CheckpointError(f"{uris[0]}: alone is its own average; give --models two or more")
+    soup = Ensemble(uris, [describe_checkpoint(uri) for uri in uris])
+    check_compatible(soup.uris, soup.members, weights=True)
     if exists(join(out, DESCRIPTION)):
         raise RunError(f"{out}: holds a checkpoint already, and nothing is overwritten; give --out another folder")
     settings = soup.settings.model_copy(update={"archive": archive, "detect": DetectSettings()})
