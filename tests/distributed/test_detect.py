@@ -134,6 +134,8 @@ def test_compilation_is_chosen_only_when_the_archive_pays_for_it(settings):
     assert compiled(100_000, 720)
     assert not compiled(100, 720)
     assert not compiled(10_000, 96)
+    full = settings_from(settings.model_dump() | {"frame": {"size": 720}, "detect": {"tta": "full"}})
+    assert compilation(100, full) != "off"  # each of eight looks pays
     asked = settings_from(settings.model_dump() | {"detect": {"compile": "on"}})
     assert compilation(1, asked) == "on"
 
