@@ -23,6 +23,7 @@ from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
 from motor_ray.verbs.detection import Detect, Evaluate, Export
 from motor_ray.verbs.flags import Verb
+from motor_ray.verbs.mixing import Soup
 from motor_ray.verbs.planning import Plan
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
@@ -42,6 +43,7 @@ VERBS: dict[str, type[Verb]] = {
     "serve": Serve,
     "ablate": Ablate,
     "tune": Tune,
+    "soup": Soup,
     "submit": Submit,
     "bench": Bench,
 }

@@ -92,13 +92,15 @@ class Client:
         threshold: float | None = None,
         voxel_spacing_angstrom: float | None = None,
         model: str | None = None,
+        tta: str | None = None,
     ) -> Answer:
         """What is found on one image, a JPEG, PNG or TIFF file: detections best first, in its pixels, and presence.
 
-        Without a `threshold` all that the model reports is there. Raises EndpointError, or OSError if there is no such
+        Without a `threshold` all that the model reports is there; `tta` off, fast or full is test-time augmentation.
+        Raises EndpointError, or OSError if there is no such
         file.
         """
-        asked = {"threshold": threshold, "voxel_spacing_angstrom": voxel_spacing_angstrom, "model": model}
+        asked = _wishes(threshold, voxel_spacing_angstrom, model, tta)
         data, _ = _file(image, 0)
         return self._json(Request("POST", "/v1/slices", asked, data))
 
@@ -109,12 +111,13 @@ class Client:
         threshold: float | None = None,
         voxel_spacing_angstrom: float | None = None,
         model: str | None = None,
+        tta: str | None = None,
     ) -> list[Answer]:
         """What is found on several images, in their order, as many to a request as the endpoint takes.
 
         One that cannot be looked at has a "problem" instead of detections. Raises EndpointError or OSError.
         """
-        asked = {"threshold": threshold, "voxel_spacing_angstrom": voxel_spacing_angstrom, "model": model}
+        asked = _wishes(threshold, voxel_spacing_angstrom, model, tta)
         images = list(images)
         most = self.model(model)["limits"]["batch_images"] if images else 1
         found: list[Answer] = []
@@ -283,6 +286,10 @@ class Request(NamedTuple):
             return {}
         size = len(self.body) if isinstance(self.body, bytes) else _rewound(self.body)
         return {"Content-Type": self.kind, "Content-Length": str(size)}
+
+
+def _wishes(threshold: float | None, spacing: float | None, model: str | None, tta: str | None) -> dict[str, Any]:
+    return {"threshold": threshold, "voxel_spacing_angstrom": spacing, "model": model, "tta": tta}
 
 
 def _path_of(tomogram_id: str) -> str:

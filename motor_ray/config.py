@@ -335,6 +335,16 @@ class TrainSettings(Settings):
         return self
 
 
+Augmentation = Literal["off", "fast", "full"]
+"""Test-time augmentation."""
+
+PASSES: dict[Augmentation, int] = {"off": 1, "fast": 2, "full": 8}
+"""Times that a frame goes through each network with it."""
+
+Averaging = Literal["logit", "probability"]
+"""How heatmaps become one."""
+
+
 class DetectSettings(Settings):
     """From slices to scored boxes."""
 
@@ -355,6 +365,14 @@ class DetectSettings(Settings):
 
     mixed_precision: bool = True
     """Compute in bfloat16."""
+
+    tta: Augmentation = "off"
+    """Test-time augmentation: 'fast' looks at each frame twice, as it is and mirrored; 'full' eight times, mirrored,
+    turned, with another gamma and with CLAHE switched, too. Their heatmaps are averaged."""
+
+    ensemble: Averaging = "probability"
+    """How heatmaps of several models, and of several looks at a frame, are averaged. With 'logit' one that is sure to
+    see nothing silences the others."""
 
     exhaustive: bool = False
     """Look at every slice, not first at every `z_stride`-th and then closely where there may be a motor."""
@@ -377,6 +395,11 @@ class DetectSettings(Settings):
 
     scorers: int | None = Field(None, ge=1)
     """Inference actors, at most; one per GPU, or a single one without GPUs, when not given."""
+
+    @property
+    def contrasts(self) -> int:
+        """Versions of each frame that the network needs: 2 are with CLAHE and without."""
+        return 2 if self.tta == "full" else 1
 
 
 class LinkSettings(Settings):

@@ -12,14 +12,13 @@ import pyarrow as pa
 from motor_ray.capacity.forecast import Cluster, Prices, Rates, forecast
 from motor_ray.capacity.workload import Workload, alike, jpeg_bytes, shapes_of, workload_of
 from motor_ray.config import RunSettings
-from motor_ray.detector.description import describe_checkpoint
+from motor_ray.detector.description import Models, describe_models
 from motor_ray.distributed.detect import settings_of_model
 from motor_ray.distributed.estimate import Measured, measure
 from motor_ray.distributed.loading import READ_THREADS
 from motor_ray.distributed.pipeline import LOADER_CPUS, SLABS_PER_FILE
 from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, SLAB_BYTES, TASKS, Room, plan_pools
 from motor_ray.errors import ConfigError
-from motor_ray.storage import absolute
 
 PIPELINE_COSTS = 4 / 3
 """Core seconds in the pipeline for each of LoadSlab's own: on two cores Ray cost a quarter of the slices that they
@@ -101,17 +100,17 @@ def plan_alike(archive: Alike, asked: Asked, settings: RunSettings) -> dict[str,
     return _plan(work, asked, settings, jpeg_bytes([archive.shape]), None)
 
 
-def plan_archive(manifest: pa.Table, model: str | None, asked: Asked, settings: RunSettings) -> dict[str, Any]:
-    """The forecast for the tomograms of a MANIFEST; with a checkpoint `model`, half a minute of them is measured.
+def plan_archive(manifest: pa.Table, model: Models, asked: Asked, settings: RunSettings) -> dict[str, Any]:
+    """The forecast for the tomograms of a MANIFEST; with a `model`, half a minute of them is measured.
 
     Raises as `plan_alike`, and as `estimate` does.
     """
     refuse_impossible(asked._asdict())
     measured = None
     if model:
-        model = absolute(model)
-        settings = settings_of_model(describe_checkpoint(model).settings, settings)
-        measured = measure(manifest, model, settings)
+        models = describe_models(model)
+        settings = settings_of_model(models.settings, settings)
+        measured = measure(manifest, models.uris, settings)
     again = first_given(asked.second_look, measured and measured.again, SECOND_LOOK)
     work = workload_of(manifest, settings, again)
     result = _plan(work, asked, settings, jpeg_bytes(shapes_of(manifest)), measured)

@@ -103,6 +103,18 @@ def remove(uri: str, settings: ArchiveSettings = DEFAULTS) -> None:
 
 def list_names(uri: str, settings: ArchiveSettings = DEFAULTS) -> list[str]:
     """Names of the files in the folder `uri`; none if there is no such folder. Raises StorageError if that fails."""
+    return _list(uri, "file", settings)
+
+
+def list_folders(uri: str, settings: ArchiveSettings = DEFAULTS) -> list[str]:
+    """Names of the folders in the folder `uri`, sorted; none if there is no such folder.
+
+    Raises StorageError if that fails.
+    """
+    return sorted(_list(uri, "directory", settings))
+
+
+def _list(uri: str, kind: str, settings: ArchiveSettings) -> list[str]:
     files, path = filesystem(uri, settings)
     files.invalidate_cache(path)
     try:
@@ -111,7 +123,7 @@ def list_names(uri: str, settings: ArchiveSettings = DEFAULTS) -> list[str]:
         return []
     except OSError as error:
         raise failure(uri, "cannot be listed", error) from None
-    return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"]
+    return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind]
 
 
 def read_bytes(uri: str, settings: ArchiveSettings = DEFAULTS) -> bytes:

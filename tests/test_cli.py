@@ -43,6 +43,14 @@ def test_without_flags_the_settings_are_the_recipe():
     assert all_settings(parse(TRAIN)) == RunSettings()
 
 
+def test_a_model_is_one_checkpoint_or_several():
+    for names in (["a"], ["a", "b", "c"]):
+        assert parse(["detect", "--archive", "z", "--model", *names, "--out", "o"]).model == tuple(names)
+        assert parse(["plan", "--archive", "z", "--model", *names]).model == tuple(names)
+        served = parse(["serve", "--model", *names, "--serve.models", "lab", "d,e", "own", "f"]).all_settings().serve
+        assert served.models == {"default": ",".join(names), "lab": "d,e", "own": "f"}
+
+
 @pytest.mark.parametrize(("text", "workers"), [("4", (4, 4)), ("2:8", (2, 8)), ("3:3", (3, 3))])
 def test_workers_are_a_number_or_a_range(text, workers):
     assert workers_from(text) == workers
@@ -80,6 +88,9 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["simulate", "--out", "s", "--signal-to-noise", "0"], "signal_to_noise 0: expected"),
         (["simulate", "--out", "s", "--clutter", "nan"], "clutter nan: expected"),
         (["demo", "--out", __file__], "cannot be made a folder"),
+        (["soup", "--models", "m/best", "--out", "o"], "m/best: alone is its own average"),
+        (["soup", "--models", "m/snapshots", "--out", "o"], "m/snapshots: holds no checkpoints"),
+        (["serve", "--model", "a,b"], "--model a,b: give several checkpoints one after the other, without commas"),
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),

@@ -129,12 +129,12 @@ def test_a_slice_goes_as_it_is_with_what_is_asked_and_our_key(stub, client, tmp_
     (tmp_path / "a.jpg").write_bytes(b"image")
     stub.replies += [answer(200, {"detections": []}), answer(200, {"detections": []})]
     assert client.slice(tmp_path / "a.jpg", threshold=0.0, voxel_spacing_angstrom=13.1) == {"detections": []}
-    client.slice(b"other", model="small")
+    client.slice(b"other", model="small", tta="fast")
     first, second = stub.seen
     assert (first.method, first.path, first.body) == ("POST", "/v1/slices", b"image")
     assert first.query == {"threshold": ["0.0"], "voxel_spacing_angstrom": ["13.1"]}
     assert first.headers["authorization"] == "Bearer secret"
-    assert (second.query, second.body) == ({"model": ["small"]}, b"other")
+    assert (second.query, second.body) == ({"model": ["small"], "tta": ["fast"]}, b"other")
     assert first.connection == second.connection, "one connection does for both"
 
 

@@ -97,6 +97,7 @@ def test_what_is_written_is_there_until_it_is_removed(s3):
     assert storage.read_bytes(f"{folder}/a/empty") == b""
     assert storage.exists(f"{folder}/a")
     assert sorted(storage.list_names(f"{folder}/a")) == ["b.json", "empty"]
+    assert (storage.list_folders(folder), storage.list_folders(f"{folder}/a")) == (["a"], [])
     storage.remove(f"{folder}/a")
     storage.remove(f"{folder}/a")
     assert not storage.exists(uri)

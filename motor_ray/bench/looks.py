@@ -14,6 +14,7 @@ from motor_ray.archive.simulate import motor_counts_like_public
 from motor_ray.bench.timing import machine
 from motor_ray.config import settings_from
 from motor_ray.demo import simulate, train_demo
+from motor_ray.detector.description import Models
 from motor_ray.detector.device import pick_device
 from motor_ray.distributed.detect import detect
 from motor_ray.results import evaluate_run
@@ -28,8 +29,8 @@ FEWER, F2_APART = 4.0, 0.01
 """What is asked: at least so many times fewer slices, and F2 no farther apart than that."""
 
 
-def bench_looks(model: str | None = None, *, tomograms: int = 64, shape: Shape = SHAPE) -> dict[str, Any]:
-    """Detect twice in a simulated archive of `tomograms`, each of `shape`; `model` is a checkpoint, if not the demo's.
+def bench_looks(model: Models = (), *, tomograms: int = 64, shape: Shape = SHAPE) -> dict[str, Any]:
+    """Detect twice in a simulated archive of `tomograms`, each of `shape`, with `model`, or else the demo's.
 
     Returns how many times fewer slices the second way takes and how far apart the F2 scores are, with what is asked.
     """
@@ -60,7 +61,7 @@ def compare(looks: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _look(folder: Path, model: str, labels: Labels, *, exhaustive: bool) -> dict[str, Any]:
+def _look(folder: Path, model: Models, labels: Labels, *, exhaustive: bool) -> dict[str, Any]:
     settings = settings_from({"detect": {"exhaustive": exhaustive}})
     out = str(folder / f"exhaustive {exhaustive}")
     manifest = make_manifest(str(folder / "archive" / "train"), settings.archive)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import PASSES, Augmentation, RunSettings, settings_from
 from motor_ray.distributed.answering import Answerer
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.serving import Detector
@@ -28,8 +28,8 @@ class StandInAnswerer(Answerer):
         self.loader = LoadSlab(settings)
         self.looker: Any = self._look
 
-    def _look(self, images: NDArray[np.uint8]) -> "list[Look]":
-        time.sleep(self.seconds * len(images))
+    def _look(self, images: NDArray[np.uint8], tta: Augmentation) -> "list[Look]":
+        time.sleep(self.seconds * PASSES[tta] * len(images))
         return [self._seen(image[0]) for image in images]
 
     def _seen(self, frame: NDArray[np.uint8]) -> "Look":

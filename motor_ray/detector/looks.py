@@ -1,4 +1,4 @@
-"""A trained network at work: pictures in, what it says of them out, in numbers that need no torch."""
+"""Trained networks at work: pictures in, what they say of them out, in numbers that need no torch."""
 
 from typing import Literal, NamedTuple
 
@@ -6,11 +6,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from motor_ray.config import DetectSettings
+from motor_ray.config import Augmentation, DetectSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
+from motor_ray.detector.description import Models
 from motor_ray.detector.device import can_compile, pick_device
-from motor_ray.detector.inference import prepare
+from motor_ray.detector.ensemble import average
+from motor_ray.detector.inference import Predict, prepare
+from motor_ray.detector.model import Detector, Prediction
+from motor_ray.detector.tta import VIEWS
 
 
 class Look(NamedTuple):
@@ -30,31 +34,45 @@ class Look(NamedTuple):
 
 
 class Looker:
-    """Owns a network and the device that it runs on, which the heatmaps never leave. One thread may call it."""
+    """Owns one network, or several that answer together, and the device that they run on.
+
+    The heatmaps never leave it. One thread may call it.
+    """
 
     def __init__(
-        self, model: str, settings: DetectSettings, *, threads: int, compiled: Literal["on", "off", "if possible"]
+        self, model: Models, settings: DetectSettings, *, threads: int, compiled: Literal["on", "off", "if possible"]
     ) -> None:
         torch.set_num_threads(threads)
-        self.settings = settings
-        device = pick_device()
-        self.predict = prepare(
-            load_checkpoint(model),
-            device,
-            mixed_precision=settings.mixed_precision,
-            compiled=compiled == "on" or (compiled == "if possible" and can_compile(device)),
-        )
+        self.settings, self.device = settings, pick_device()
+        self.compiled = compiled == "on" or (compiled == "if possible" and can_compile(self.device))
+        self.channels = 0
+        self.networks = [self._prepared(load_checkpoint(uri)) for uri in ([model] if isinstance(model, str) else model)]
 
-    def __call__(self, images: NDArray[np.uint8]) -> list[Look]:
-        """A look at each of ``(n, channels, size, size)`` images."""
+    def __call__(self, images: NDArray[np.uint8], tta: Augmentation | None = None) -> list[Look]:
+        """A look at each of ``(n, channels, size, size)`` images, with another test-time augmentation if given.
+
+        'full' needs twice the channels: those of the frame, and the same with CLAHE switched.
+        """
         most, threshold = self.settings.max_detections, self.settings.score_threshold
         looks: list[Look] = []
         for start in range(0, len(images), self.settings.batch_frames):
             # Copied, because torch cannot look at the object store's read-only memory.
-            prediction = self.predict(torch.tensor(images[start : start + self.settings.batch_frames]))
+            frames = torch.tensor(images[start : start + self.settings.batch_frames])
+            prediction = self.predict(frames, self.settings.tta if tta is None else tta)
             sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
             found = decode(prediction, most, threshold)
             numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), strict=True)
             for (boxes, scores), (presence, is_sound) in zip(found, numbers, strict=True):
                 looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), presence, is_sound))
         return looks
+
+    def predict(self, images: torch.Tensor, tta: Augmentation) -> Prediction:
+        """What all networks say of all views of uint8 `images` `(b, channels, H, W)`, averaged."""
+        frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
+        views = [(view, view.forward(frames, *switched)) for view in VIEWS[tta]]
+        said = [view.inverse(network(shown)) for network in self.networks for view, shown in views]
+        return average(said, self.settings.ensemble)
+
+    def _prepared(self, model: Detector) -> Predict:
+        self.channels = model.in_slices
+        return prepare(model, self.device, mixed_precision=self.settings.mixed_precision, compiled=self.compiled)

@@ -4,8 +4,9 @@ Plain classes that know neither Ray nor the web. The way of a slice is that of b
 same network, the same boxes.
 """
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -13,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motor_ray.archive.pictures import decode_picture
-from motor_ray.config import RunSettings
+from motor_ray.config import Augmentation, RunSettings
+from motor_ray.detector.description import Models
 from motor_ray.detector.looks import Look, Looker
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.scoring import found_on, images_of
 from motor_ray.errors import SliceCorruptError
 from motor_ray.slices.frame import Frame, frames_of
-from motor_ray.slices.preprocess import make_frames
+from motor_ray.slices.preprocess import contrasts_of, make_frames
 from motor_ray.slices.repair import Repair, find_repair, repaired
 
 
@@ -30,9 +32,10 @@ class Prepared(NamedTuple):
     """Their FRAMES row, without pixels."""
 
     images: NDArray[np.uint8]
-    """``(n, channels, size, size)``; several a slice where it takes several frames to cover it."""
+    """``(n, contrasts * channels, size, size)``; several a slice where it takes several frames to cover it."""
 
     placement: list[Frame]
+    tta: Augmentation
 
     started: float
     """Seconds of the clock when preparing began, and"""
@@ -52,28 +55,36 @@ class Answer(NamedTuple):
 
 
 class Answerer:
-    """Owns a model. Any thread may prepare; `look` is for one thread, always the same."""
+    """Owns a model, or several that answer together.
 
-    def __init__(self, model: str, sha256: str, settings: RunSettings, *, threads: int) -> None:
+    Any thread may prepare; `look` is for one thread, always the same.
+    """
+
+    def __init__(self, model: Models, sha256: str, settings: RunSettings, *, threads: int) -> None:
         self.settings, self.sha256 = settings, sha256
         # A network is not compiled for requests: each number of images would take half a minute the first time.
         compiled: Literal["on", "off"] = "on" if settings.detect.compile == "on" else "off"
         self.looker = Looker(model, settings.detect, threads=threads, compiled=compiled)
-        self.loader = LoadSlab(settings)
+        self.loader = LoadSlab(**loader_arguments(settings))
 
     def warm_up(self) -> None:
         """Look at one empty frame, so that the first request does not wait for what is done only once."""
-        size = self.settings.frame.size
-        self.looker(np.zeros((1, self.settings.model.in_slices, size, size), np.uint8))
+        self.looker(self._no_images(1), self.settings.detect.tta)
 
-    def prepare_picture(self, data: bytes, spacing: float | None, most_pixels: int) -> Prepared:
-        """An image file as frames. Raises SliceCorruptError, or TomogramError for a spacing that cannot be."""
-        started = time.perf_counter()
+    def prepare_picture(
+        self, data: bytes, spacing: float | None, most_pixels: int, tta: Augmentation | None = None
+    ) -> Prepared:
+        """An image file as frames, for another test-time augmentation than the endpoint's own if given.
+
+        Raises SliceCorruptError, or TomogramError for a spacing that cannot be.
+        """
+        started, settings = time.perf_counter(), with_tta(self.settings, tta)
         image = decode_picture(data, "The image", most_pixels)
         placement = frames_of((image.shape[0], image.shape[1]), spacing, self.settings.frame)
         fault = self._find_repair(image)
+        mended, ways = repaired(image, fault), contrasts_of(settings.preprocess, settings.detect.contrasts)
         try:
-            frames = make_frames(repaired(image, fault), placement, self.settings.preprocess)
+            frames = np.concatenate([make_frames(mended, placement, way) for way in ways])
         except cv2.error as error:
             raise SliceCorruptError(f"The image cannot be made a frame ({error.err})") from None
         channels = self.settings.model.in_slices
@@ -84,34 +95,39 @@ class Answerer:
             "loaded": [{"z": 0, "status": "ok", "error": None, "note": fault.note}],
             "channels": [0] * channels,  # it stands for its neighbours, too, as at the end of a tomogram
         }
-        images = images_of(row, frames, len(placement), self.settings)
-        return Prepared(row, images, placement, started, time.perf_counter())
+        images = images_of(row, frames, len(placement), settings)
+        return Prepared(row, images, placement, settings.detect.tta, started, time.perf_counter())
 
     def prepare_slab(self, plan: Mapping[str, Any]) -> Prepared:
         """The slices of a PLAN row as frames; those that cannot be read have a status. Raises OutageError."""
         started = time.perf_counter()
         row = self.loader.load(plan)
         frames = row.pop("frames")
+        tta = self.settings.detect.tta
         if not len(frames):
-            size = self.settings.frame.size
-            nothing = np.empty((0, self.settings.model.in_slices, size, size), np.uint8)
-            return Prepared(row, nothing, [], started, time.perf_counter())
+            return Prepared(row, self._no_images(0), [], tta, started, time.perf_counter())
         placement = frames_of((row["size_y"], row["size_x"]), row["voxel_spacing_angstrom"], self.settings.frame)
         images = images_of(row, frames, len(placement), self.settings)
-        return Prepared(row, images, placement, started, time.perf_counter())
+        return Prepared(row, images, placement, tta, started, time.perf_counter())
 
     def look(self, together: Sequence[Prepared]) -> list[Answer]:
-        """What the network says of each, all of them passed through it together."""
+        """What the network says of each; those of one test-time augmentation pass through it together."""
         began = time.perf_counter()
-        looks = self.looker(np.concatenate([one.images for one in together]))
+        looks = {tta: self._looks(together, tta) for tta in {one.tta for one in together}}
         ended = time.perf_counter()
-        ends = np.cumsum([len(one.images) for one in together])
         answers = []
-        for one, end in zip(together, ends, strict=True):
-            own = looks[end - len(one.images) : end]
+        for one in together:
+            own = list(itertools.islice(looks[one.tta], len(one.images)))
             seconds = {"prepare": one.ready - one.started, "queue": began - one.ready, "model": ended - began}
             answers.append(Answer(self._slices(one, own), {name: round(value, 6) for name, value in seconds.items()}))
         return answers
+
+    def _looks(self, together: Sequence[Prepared], tta: Augmentation) -> Iterator[Look]:
+        return iter(self.looker(np.concatenate([one.images for one in together if one.tta == tta]), tta))
+
+    def _no_images(self, count: int) -> NDArray[np.uint8]:
+        size, channels = self.settings.frame.size, self.settings.detect.contrasts * self.settings.model.in_slices
+        return np.zeros((count, channels, size, size), np.uint8)
 
     def _slices(self, one: Prepared, looks: list[Look]) -> list[dict[str, Any]]:
         found = iter(found_on(one.row, looks, one.placement, self.settings)) if looks else iter(())
@@ -122,6 +138,13 @@ class Answerer:
         if not self.settings.archive.repair:
             return Repair(wrapped=False, inverted=False)
         return find_repair([image], self.settings.preprocess)
+
+
+def with_tta(settings: RunSettings, tta: Augmentation | None) -> RunSettings:
+    """`settings` with another test-time augmentation, if one is given."""
+    if tta is None:
+        return settings
+    return settings.model_copy(update={"detect": settings.detect.model_copy(update={"tta": tta})})
 
 
 def picture_of(one: Prepared, answer: Answer, sha256: str) -> dict[str, Any]:

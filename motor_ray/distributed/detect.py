@@ -22,12 +22,12 @@ import ray
 from motor_ray import __version__
 from motor_ray.archive.manifest import check_usable, write_manifest
 from motor_ray.archive.plan import first_look, make_plan, z_stride
-from motor_ray.config import RunSettings, results_hash
-from motor_ray.detector.description import Description, describe_checkpoint
+from motor_ray.config import PASSES, RunSettings, results_hash
+from motor_ray.detector.description import Ensemble, Models, describe_models
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
 from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.progress import Board, News, watched
@@ -47,21 +47,22 @@ COMPILE_PAYS_AFTER = 600
 `motor-ray bench model` measured 0.08 s saved a frame."""
 
 
-def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, settings: RunSettings) -> dict[str, Any]:
+def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, settings: RunSettings) -> dict[str, Any]:
     """Look for motors in every tomogram of the MANIFEST; returns what run.json says.
 
-    `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`.
-    Under `out` (a path or URI) appear tomograms.parquet, plan.parquet, slabs/, motors.parquet, failures.parquet and
-    run.json. A run that broke off is gone on with; a finished one with the same settings, model and manifest is
-    returned as it is; an `out` with another is refused (RunError). `unusable` are FAILURES that came to light before,
-    of tomograms that are not in `manifest`; if there are no others, ManifestError says why. Raises RunError if the
-    cluster can never run it, UnfinishedError if it broke or its counts do not add up.
+    `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`, or
+    from several that answer together. Under `out` (a path or URI) appear tomograms.parquet, plan.parquet, slabs/,
+    motors.parquet, failures.parquet and run.json. A run that broke off is gone on with; a finished one with the same
+    settings, model and manifest is returned as it is; an `out` with another is refused (RunError). `unusable` are
+    FAILURES that came to light before, of tomograms that are not in `manifest`; if there are no others, ManifestError
+    says why. Raises CheckpointError if models cannot answer together, RunError if the cluster can never run it,
+    UnfinishedError if it broke or its counts do not add up.
     """
     check_usable(manifest, unusable)
-    model, out, manifest = absolute(model), absolute(out), manifest.sort_by("tomo_id")
-    checkpoint = describe_checkpoint(model)
-    settings = settings_of_model(checkpoint.settings, settings)
-    run = describe_run(manifest, checkpoint, settings)
+    out, manifest = absolute(out), manifest.sort_by("tomo_id")
+    models = describe_models(model)
+    settings = settings_of_model(models.settings, settings)
+    run = describe_run(manifest, models, settings)
     there = run_at(out, run)
     if there.get("status") == "done":
         log.info("%s: this run is finished already; nothing to do", out)
@@ -69,7 +70,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
-        job = Job(out, model, manifest, settings, run)
+        job = Job(out, models.uris, manifest, settings, run)
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
@@ -88,12 +89,12 @@ def storage_watched(out: str) -> Iterator[None]:
         raise UnfinishedError(f"{out}: detection stopped: {error}; run the same command again") from error
 
 
-def dry_run(manifest: pa.Table, unusable: pa.Table, model: str, settings: RunSettings) -> dict[str, Any]:
+def dry_run(manifest: pa.Table, unusable: pa.Table, model: Models, settings: RunSettings) -> dict[str, Any]:
     """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
     check_usable(manifest, unusable)
-    model = absolute(model)
-    settings = settings_of_model(describe_checkpoint(model).settings, settings)
-    return estimate(manifest, model, settings) | {"unusable": unusable["error"].to_pylist()}
+    models = describe_models(model)
+    settings = settings_of_model(models.settings, settings)
+    return estimate(manifest, models.uris, settings) | {"unusable": unusable["error"].to_pylist()}
 
 
 def settings_of_model(trained: RunSettings, asked: RunSettings) -> RunSettings:
@@ -101,12 +102,13 @@ def settings_of_model(trained: RunSettings, asked: RunSettings) -> RunSettings:
     return trained.model_copy(update={name: getattr(asked, name) for name in ("archive", "detect", "link")})
 
 
-def describe_run(manifest: pa.Table, checkpoint: Description, settings: RunSettings) -> dict[str, Any]:
+def describe_run(manifest: pa.Table, models: Ensemble, settings: RunSettings) -> dict[str, Any]:
     """What makes two runs the same: tomograms, weights and settings; and who ran it."""
     return {
         "settings": settings.model_dump(mode="json"),
         "settings_hash": results_hash(settings),
-        "model_sha256": checkpoint.sha256,
+        "model_sha256": models.sha256,
+        "models": models.told(),
         "manifest_hash": table_hash(manifest),
         "tomograms": len(manifest),
         "slices": sum(manifest["size_z"].to_pylist()),
@@ -132,8 +134,10 @@ def run_at(out: str, run: dict[str, Any]) -> dict[str, Any]:
 class Job:
     """A run that is under way: the same archive is looked at twice."""
 
-    def __init__(self, out: str, model: str, manifest: pa.Table, settings: RunSettings, run: dict[str, Any]) -> None:
-        self.out, self.model, self.manifest, self.settings, self.run = out, model, manifest, settings, run
+    def __init__(
+        self, out: str, models: list[str], manifest: pa.Table, settings: RunSettings, run: dict[str, Any]
+    ) -> None:
+        self.out, self.models, self.manifest, self.settings, self.run = out, models, manifest, settings, run
         self.pools = self._pools()
         # What Ray Data notes as done holds for one model, one archive and one set of settings only.
         identity = f"{run['model_sha256'][:12]}-{run['settings_hash']}-{run['manifest_hash']}"
@@ -174,7 +178,7 @@ class Job:
 
     def _pools(self) -> Pools:
         """Actors for what the cluster is now; how many loaders a scorer needs is known from the second look on."""
-        pools = plan_pools(room(), self.settings.detect)
+        pools = plan_pools(room(), self.settings.detect, len(self.models))
         rates = [said for said in self.run["looks"].values() if "score_seconds_per_slice" in said]
         if not rates or self.settings.detect.loaders:
             return pools
@@ -182,16 +186,16 @@ class Job:
 
     def _score(self, name: str, places: Places, done: set[str], tally: "Tally") -> float:
         with watched(name, tally.slices, "slices", tally.tell) as board:
-            loader = Stage(LoadSlab, {"settings": self.settings, "count": board.count})
+            loader = Stage(LoadSlab, loader_arguments(self.settings) | {"count": board.count})
             scorer = Stage(ScoreFrames, self._scorer_arguments(tally.left, board))
             return run_pipeline(places, done, loader, scorer, self.pools, self.settings.detect.slabs_per_loader)
 
     def _scorer_arguments(self, slices: int, board: Board) -> dict[str, Any]:
-        """Constructor arguments of ScoreFrames, small and picklable: the model goes by name."""
+        """Constructor arguments of ScoreFrames, small and picklable: models go by name."""
         scorers = self.pools.scorers
         return {
             "settings": self.settings,
-            "model": self.model,
+            "model": self.models,
             "per_node": math.ceil(scorers / nodes()),
             "compiled": compilation(slices // scorers, self.settings),
             "report": board.tick,
@@ -202,7 +206,8 @@ def compilation(slices: int, settings: RunSettings) -> Literal["on", "off", "if 
     """Whether a scorer of so many `slices` compiles its network: as asked, or if that pays."""
     if settings.detect.compile != "auto":
         return settings.detect.compile
-    return "if possible" if slices * (settings.frame.size / 720) ** 2 >= COMPILE_PAYS_AFTER else "off"
+    frames = slices * PASSES[settings.detect.tta] * (settings.frame.size / 720) ** 2
+    return "if possible" if frames >= COMPILE_PAYS_AFTER else "off"
 
 
 def write_plan(pieces: Iterable[pa.Table], uri: str) -> None:

@@ -23,7 +23,7 @@ from motor_ray.errors import ConfigError, RunError, UnfinishedError
 from motor_ray.machine import cores
 from motor_ray.service.jobs import Jobs
 from motor_ray.service.keys import needed_keys
-from motor_ray.service.settings import ServeSettings, ServiceSettings
+from motor_ray.service.settings import SEPARATOR, ServeSettings, ServiceSettings, checkpoints_of
 from motor_ray.storage import absolute
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ def complete(settings: ServiceSettings) -> ServiceSettings:
     changes: dict[str, Any] = {"storage": absolute(serving.storage or str(own))}
     if serving.keys_file:
         changes["keys_file"] = absolute(serving.keys_file)
-    changes["models"] = {name: absolute(uri) for name, uri in serving.models.items()}
+    changes["models"] = {
+        name: SEPARATOR.join(map(absolute, checkpoints_of(uris))) for name, uris in serving.models.items()
+    }
     return settings.model_copy(update={"serve": serving.model_copy(update=changes)})
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from motor_ray.archive.plan import first_look, z_stride
 from motor_ray.config import RunSettings
 from motor_ray.distributed.cluster import connected, nodes, root_cause
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Stage
 from motor_ray.distributed.preflight import Pools, Room, local_slots, plan_pools, room
 from motor_ray.distributed.scoring import ScoreFrames
@@ -85,7 +85,7 @@ class _Timed:
         return result, seconds, core_seconds, traffic().since(before)
 
 
-def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str, Any]:
+def estimate(manifest: pa.Table, models: list[str], settings: RunSettings) -> dict[str, Any]:
     """How many slices `detect` would look at, what it would fetch, with which actors, and about how long it takes.
 
     `settings` are complete: those of the model among them. Works on a sample of half a minute, on the cluster that
@@ -93,7 +93,7 @@ def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str,
     """
     slices = sum(manifest["size_z"].to_pylist())
     planned = sum(len(piece["zs"].combine_chunks().flatten()) for piece in first_look(manifest, settings))
-    _, pools, sample, again = measure(manifest, model, settings)
+    _, pools, sample, again = measure(manifest, models, settings)
     looks = round(planned * (1 + again))
     load, score = sample.a_slice("load_seconds"), sample.a_slice("score_seconds")
     stages = {"loading": load / pools.loaders, "scoring": score / pools.scorers}
@@ -117,20 +117,20 @@ def estimate(manifest: pa.Table, model: str, settings: RunSettings) -> dict[str,
     }
 
 
-def measure(manifest: pa.Table, model: str, settings: RunSettings) -> Measured:
+def measure(manifest: pa.Table, models: list[str], settings: RunSettings) -> Measured:
     """Half a minute's sample of the MANIFEST, on the cluster that a run would use; raises as `estimate`."""
     with connected(local_slots(settings.detect)):
         there = room()
-        pools = plan_pools(there, settings.detect)
-        sample = take_sample(manifest, model, settings, pools)
+        pools = plan_pools(there, settings.detect, len(models))
+        sample = take_sample(manifest, models, settings, pools)
     return Measured(there, pools, sample, follow_ups(sample, manifest, settings))
 
 
-def take_sample(manifest: pa.Table, model: str, settings: RunSettings, pools: Pools) -> Sample:
+def take_sample(manifest: pa.Table, models: list[str], settings: RunSettings, pools: Pools) -> Sample:
     """Load and score slabs of tomograms here and there, one at a time, until the time is up."""
     rows = np.random.default_rng(0).permutation(len(manifest))[:SAMPLE_TOMOGRAMS]
-    loader = _start(Stage(LoadSlab, {"settings": settings}), 0)
-    arguments = {"settings": settings, "model": model, "per_node": math.ceil(pools.scorers / nodes())}
+    loader = _start(Stage(LoadSlab, loader_arguments(settings)), 0)
+    arguments = {"settings": settings, "model": models, "per_node": math.ceil(pools.scorers / nodes())}
     scorer = _start(Stage(ScoreFrames, arguments), pools.gpus_per_scorer)
     takes: list[Take] = []
     asked, start_seconds = time.monotonic(), 0.0

@@ -22,9 +22,9 @@ FRAMES = pa.schema(
 )
 """A PLAN row and its pixels.
 
-``loaded`` has one entry per slice of ``zs``, in order. ``frames`` holds the ``(n, tiles, size, size)`` uint8 frames of
-the n slices that were read, neighbours included; ``channels`` the ``(ok, in_slices)`` places in it of each good
-slice's channels.
+``loaded`` has one entry per slice of ``zs``, in order. ``frames`` holds the ``(n, contrasts * tiles, size, size)``
+uint8 frames of the n slices that were read, neighbours included; ``channels`` the ``(ok, in_slices)`` places in it of
+each good slice's channels.
 """
 
 

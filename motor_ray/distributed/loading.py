@@ -21,7 +21,7 @@ from motor_ray.config import RunSettings
 from motor_ray.distributed.frames import frames_table
 from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, SliceMissingError
 from motor_ray.slices.frame import Frame, frames_of
-from motor_ray.slices.preprocess import make_frames
+from motor_ray.slices.preprocess import contrasts_of, make_frames
 from motor_ray.slices.repair import Repair, find_repair, repaired
 from motor_ray.storage import retries
 
@@ -42,14 +42,19 @@ class Fate(NamedTuple):
 class LoadSlab:
     """Reads the slices of a slab and makes frames of them. Several threads may call it at once.
 
+    With 2 `contrasts` each frame is made twice, the second time with CLAHE switched off; or on, if it was off.
+
     INPUT   PLAN table
     OUTPUT  FRAMES table, as many rows
 
     Raises OutageError if the storage does not answer: that is no fault of the slices, and the run can go on later.
     """
 
-    def __init__(self, settings: RunSettings, *, count: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self, settings: RunSettings, *, contrasts: int = 1, count: Callable[[str, int], None] | None = None
+    ) -> None:
         self.settings, self.count = settings, count
+        self.contrasts = contrasts_of(settings.preprocess, contrasts)
         # OpenCV would start a thread for each of the machine's cores, in every loader.
         cv2.setNumThreads(1)
         self._open = lru_cache(OPEN_TOMOGRAMS)(self._open_tomogram)
@@ -62,7 +67,7 @@ class LoadSlab:
         return frames_table(rows)
 
     def load(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The FRAMES row of a PLAN row; ``frames`` is an array ``(n, tiles, size, size)``."""
+        """The FRAMES row of a PLAN row; ``frames`` is an array ``(n, contrasts * tiles, size, size)``."""
         step = channel_step(row["voxel_spacing_angstrom"], self.settings)
         wanted = with_neighbours(row["zs"], row["size_z"], step)
         frames, fates = self._load_slices(row, wanted)
@@ -75,7 +80,7 @@ class LoadSlab:
         }
 
     def _load_slices(self, row: Mapping[str, Any], zs: list[int]) -> tuple[NDArray[np.uint8], dict[int, Fate]]:
-        """The frames ``(n, tiles, size, size)`` of those of the slices `zs` that are good, and what became of each."""
+        """The frames of those of the slices `zs` that are good, and what became of each."""
         shape = (row["size_z"], row["size_y"], row["size_x"])
         try:
             placement = frames_of(shape[1:], row["voxel_spacing_angstrom"], self.settings.frame)
@@ -87,7 +92,7 @@ class LoadSlab:
         images = read_slices(reader, zs, READ_THREADS)
         fault = self._find_repair([image for image in images if not isinstance(image, Exception)])
         size, good = self.settings.frame.size, 0
-        frames = np.empty((len(zs), len(placement), size, size), np.uint8)
+        frames = np.empty((len(zs), len(self.contrasts) * len(placement), size, size), np.uint8)
         fates = {}
         for z, image in zip(zs, images, strict=True):
             fates[z] = self._make_frames(image, fault, placement, frames[good])
@@ -105,7 +110,9 @@ class LoadSlab:
         if isinstance(image, Exception):
             return Fate(image)
         try:
-            make_frames(repaired(image, fault), placement, self.settings.preprocess, out)
+            mended = repaired(image, fault)
+            for settings, place in zip(self.contrasts, np.split(out, len(self.contrasts)), strict=True):
+                make_frames(mended, placement, settings, place)
         except MotorRayError as error:
             return Fate(error)
         except cv2.error as error:
@@ -121,6 +128,11 @@ class LoadSlab:
             self._retries_told = now
         if self.count and now > before:
             self.count("retries", now - before)
+
+
+def loader_arguments(settings: RunSettings) -> dict[str, Any]:
+    """What LoadSlab takes to make frames for detection, which training does without."""
+    return {"settings": settings, "contrasts": settings.detect.contrasts}
 
 
 def channel_step(voxel_spacing_angstrom: float | None, settings: RunSettings) -> int:

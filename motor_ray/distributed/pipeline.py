@@ -22,7 +22,7 @@ from ray.data.checkpoint import CheckpointConfig, CheckpointManager
 from ray.data.exceptions import ExecutionTimeoutError
 
 from motor_ray.distributed.cluster import object_store_limit, root_cause
-from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, Pools
+from motor_ray.distributed.preflight import LOADER_BYTES, Pools
 from motor_ray.errors import UnfinishedError
 from motor_ray.storage import arrow_filesystem, open_dataset
 from motor_ray.tables import PLAN
@@ -148,7 +148,7 @@ def _build(plan: PlanFile, loader: Stage, scorer: Stage, pools: Pools, calls: in
         fn_constructor_kwargs=scorer.arguments,
         batch_size=1,
         batch_format="pyarrow",
-        memory=SCORER_BYTES,
+        memory=pools.scorer_bytes,
         num_gpus=pools.gpus_per_scorer,
         # One slab is scored at a time, but the next is at hand when it ends.
         compute=ActorPoolStrategy(

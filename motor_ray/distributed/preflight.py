@@ -19,6 +19,9 @@ TASKS = 3
 LOADER_BYTES, SCORER_BYTES = 600 * 10**6, 1500 * 10**6
 """Memory set aside for an actor: libraries and the slabs in its hands; and the network."""
 
+NETWORK_BYTES = 400 * 10**6
+"""What each further network takes: a ResNet-101 of 180 MB, and a copy of it while it is made ready."""
+
 SLAB_BYTES = 10_000_000
 """A slab of 19 frames of 720 x 720 has 9.9 MB."""
 
@@ -54,6 +57,7 @@ class Pools(NamedTuple):
     loaders: int
     gpus_per_scorer: int
     bytes_ahead: int
+    scorer_bytes: int = SCORER_BYTES
 
     def balanced(self, load_seconds: float, score_seconds: float) -> "Pools":
         """With just the loaders that keep the scorers busy, given how long each takes for a slice.
@@ -72,25 +76,27 @@ def room() -> Room:
     return Room(*(int(amount) for amount in most.values()))
 
 
-def plan_pools(room: Room, settings: DetectSettings) -> Pools:
+def plan_pools(room: Room, settings: DetectSettings, networks: int = 1) -> Pools:
     """As many actors as were asked for, or as are apt, as far as there is room for them.
 
-    Raises RunError, saying what is missing, if there is not even room for one of each and the tasks that feed them.
+    Each scorer holds so many `networks`. Raises RunError, saying what is missing, if there is not even room for one of
+    each and the tasks that feed them.
     """
-    _require(room)
+    scorer_bytes = SCORER_BYTES + (networks - 1) * NETWORK_BYTES
+    _require(room, scorer_bytes)
     free_cpus = room.cpus - TASKS
     scorers = settings.scorers or max(room.gpus, 1)
-    fitting = min(free_cpus - 1, (room.memory - LOADER_BYTES) // SCORER_BYTES, room.gpus or scorers)
+    fitting = min(free_cpus - 1, (room.memory - LOADER_BYTES) // scorer_bytes, room.gpus or scorers)
     if scorers > fitting:
         log.info("room for %d of %d scorers", fitting, scorers)
         scorers = fitting
     loaders = settings.loaders or (LOADERS_PER_GPU * scorers if room.gpus else scorers)
-    fitting = min(free_cpus - scorers, (room.memory - scorers * SCORER_BYTES) // LOADER_BYTES)
+    fitting = min(free_cpus - scorers, (room.memory - scorers * scorer_bytes) // LOADER_BYTES)
     if settings.loaders and loaders > fitting:
         log.info("room for %d of %d loaders", fitting, loaders)
     loaders = min(loaders, fitting)
     ahead = min(SLAB_BYTES * SLABS_AHEAD * (scorers + loaders), room.object_store // 2)
-    return Pools(scorers, loaders, min(room.gpus, 1), ahead)
+    return Pools(scorers, loaders, min(room.gpus, 1), ahead, scorer_bytes)
 
 
 def local_slots(settings: DetectSettings) -> int:
@@ -98,9 +104,9 @@ def local_slots(settings: DetectSettings) -> int:
     return (settings.scorers or 1) + (settings.loaders or 1) + TASKS + 1
 
 
-def _require(room: Room) -> None:
+def _require(room: Room, scorer_bytes: int) -> None:
     """Raises RunError unless there is room for a scorer, a loader and tasks."""
-    memory = LOADER_BYTES + SCORER_BYTES
+    memory = LOADER_BYTES + scorer_bytes
     needed = [
         (room.cpus, TASKS + 2, "CPUs", 1, "add nodes, or start Ray with more (ray start --num-cpus)"),
         (room.memory, memory, "GB of memory", 1e9, "add nodes, or state what there is (ray start --memory)"),

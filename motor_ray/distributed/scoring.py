@@ -19,10 +19,11 @@ from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.tables import SLABS
 
 if TYPE_CHECKING:
+    from motor_ray.detector.description import Models
     from motor_ray.detector.looks import Look
 
 Looking = Callable[[NDArray[np.uint8]], "list[Look]"]
-"""What Looker does, and stand-ins for it: ``(n, channels, size, size)`` images to a look at each."""
+"""What Looker does, and stand-ins for it: ``(n, contrasts * channels, size, size)`` images to a look at each."""
 
 Report = Callable[[str, int, float], None]
 """Is told the tomogram of a slab, its slices, and for how many seconds the device looked at them."""
@@ -41,7 +42,7 @@ class ScoreFrames:
     def __init__(
         self,
         settings: RunSettings,
-        model: str,
+        model: "Models",
         *,
         per_node: int = 1,
         compiled: Literal["on", "off", "if possible"] = "off",
@@ -90,13 +91,13 @@ class ScoreFrames:
 def images_of(
     row: Mapping[str, Any], pixels: NDArray[np.uint8], tiles: int, settings: RunSettings
 ) -> NDArray[np.uint8]:
-    """The ``(slices * tiles, channels, size, size)`` images of the good slices of a FRAMES row."""
-    size, channels = settings.frame.size, settings.model.in_slices
-    if channels == 1:
+    """The ``(slices * tiles, contrasts * channels, size, size)`` images of the good slices of a FRAMES row."""
+    size, channels, contrasts = settings.frame.size, settings.model.in_slices, settings.detect.contrasts
+    if channels == contrasts == 1:
         return pixels.reshape(-1, 1, size, size)
-    frames = pixels.reshape(-1, tiles, size, size)
-    seen = frames[np.reshape(row["channels"], (-1, channels))]  # slices, channels, tiles, y, x
-    return seen.swapaxes(1, 2).reshape(-1, channels, size, size)
+    frames = pixels.reshape(-1, contrasts, tiles, size, size)
+    seen = frames[np.reshape(row["channels"], (-1, channels))]  # slices, channels, contrasts, tiles, y, x
+    return seen.transpose(0, 3, 2, 1, 4, 5).reshape(-1, contrasts * channels, size, size)
 
 
 def found_on(

@@ -21,8 +21,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from motor_ray import errors
-from motor_ray.config import RunSettings, checked, settings_from
-from motor_ray.detector.description import describe_checkpoint
+from motor_ray.config import Augmentation, RunSettings, checked, settings_from
+from motor_ray.detector.description import describe_models
 from motor_ray.distributed.batches import Batches
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
@@ -32,8 +32,7 @@ from motor_ray.machine import cores
 from motor_ray.service.backend import Ask, ModelCard, Picture
 from motor_ray.service.jobs import Jobs
 from motor_ray.service.keys import needed_keys
-from motor_ray.service.settings import DEFAULT_MODEL, ServeSettings, ServiceSettings
-from motor_ray.storage import absolute
+from motor_ray.service.settings import DEFAULT_MODEL, ServeSettings, ServiceSettings, checkpoints_of
 
 APP = "motor_ray"
 """The application's name within Ray Serve."""
@@ -75,20 +74,20 @@ class Detector:
         _log_as_serve()
         self.default = self.device.submit(self._load, DEFAULT_MODEL).result()
 
-    async def picture(self, image: bytes, spacing: float | None) -> dict[str, Any]:
+    async def picture(self, image: bytes, spacing: float | None, tta: Augmentation | None = None) -> dict[str, Any]:
         """What is found on an image file."""
-        return await _told(self._picture(image, spacing))
+        return await _told(self._picture(image, spacing, tta))
 
     async def slab(self, plan: dict[str, Any]) -> dict[str, Any]:
         """What is found on the slices of a PLAN row: a SLABS row, and the model's hash."""
         return await _told(self._slab(plan))
 
-    async def _picture(self, image: bytes, spacing: float | None) -> dict[str, Any]:
+    async def _picture(self, image: bytes, spacing: float | None, tta: Augmentation | None) -> dict[str, Any]:
         from motor_ray.distributed.answering import picture_of
 
         model = await self._model()
         most = self.settings.serve.image_pixels
-        prepared = await self._prepare(model.prepare_picture, image, spacing, most)
+        prepared = await self._prepare(model.prepare_picture, image, spacing, most, tta)
         return picture_of(prepared, await self.look(model, prepared), model.sha256)
 
     async def _slab(self, plan: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +125,7 @@ class Detector:
             raise OutageError(f"This detector does not have the model {name!r} yet")
         card = self.cards[name]
         threads = self.settings.serve.detector_cpus or cores()
-        answerer = Answerer(card.uri, card.sha256, settings_from(card.settings), threads=threads)
+        answerer = Answerer(card.uris, card.sha256, settings_from(card.settings), threads=threads)
         answerer.warm_up()
         return answerer
 
@@ -174,7 +173,7 @@ class Detectors:
 
     async def look(self, image: bytes, ask: Ask) -> Picture:
         """What is found on an image file."""
-        return await self.asking("picture", ask.model, image, ask.voxel_spacing_angstrom)
+        return await self.asking("picture", ask.model, image, ask.voxel_spacing_angstrom, ask.tta)
 
     async def wake(self) -> None:
         """Say that there is a new tomogram in the queue."""
@@ -403,15 +402,16 @@ def detector_resources(settings: ServiceSettings) -> tuple[int, float]:
 def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
     """What is to be known of each model, as lists, which are the same to every reader of JSON.
 
-    Raises ConfigError if there is no default one, CheckpointError if one is not there or damaged.
+    Raises ConfigError if there is no default one, CheckpointError if one is not there or damaged, or several cannot
+    answer together.
     """
     models = settings.serve.models
     if DEFAULT_MODEL not in models:
         raise ConfigError(f"serve.models: there is none called {DEFAULT_MODEL!r}; give --model CHECKPOINT")
     cards = {}
-    for name, uri in models.items():
-        there = describe_checkpoint(uri)
+    for name, uris in models.items():
+        there = describe_models(checkpoints_of(uris))
         asked = RunSettings(archive=settings.archive, detect=settings.detect, link=settings.link)
         trained = settings_of_model(there.settings, asked).model_dump(mode="json")
-        cards[name] = [absolute(uri), there.sha256, trained, there.metrics]
+        cards[name] = [there.uris, there.sha256, trained, there.metrics, there.told()]
     return cards

@@ -14,7 +14,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 
 from motor_ray import __version__
 from motor_ray.archive.pictures import check_pixels, picture_size
-from motor_ray.config import EvaluateSettings, RunSettings, settings_from
+from motor_ray.config import PASSES, Augmentation, EvaluateSettings, RunSettings, settings_from
 from motor_ray.errors import BusyError, MotorRayError, StorageError
 from motor_ray.service.backend import Ask, Backend, Meter, ModelCard, NoMeter, Picture
 from motor_ray.service.bodies import IMAGE_BODY, IMAGES_BODY, TOMOGRAM_BODY
@@ -78,6 +78,10 @@ Spacing = Annotated[
     ),
 ]
 ModelName = Annotated[str, Query(max_length=100, description="One of the models that GET /v1/model lists.")]
+Tta = Annotated[
+    Augmentation | None,
+    Query(description="Test-time augmentation, if not the endpoint's own: GET /v1/model lists what may be asked for."),
+]
 TomogramName = Annotated[
     str, Query(min_length=1, max_length=200, description="What to call the tomogram; its motors are listed under it.")
 ]
@@ -152,6 +156,18 @@ class Desk:
         """How a model was trained and looks. Raises ProblemError if there is none of that name."""
         self.card(model)
         return self.trained[model]
+
+    def augmentations(self) -> list[Augmentation]:
+        """The test-time augmentations that requests may ask for."""
+        return [tta for tta, passes in PASSES.items() if passes <= PASSES[self.limits.most_tta]]
+
+    def ask(self, model: str, spacing: float | None, tta: Augmentation | None) -> Ask:
+        """What a request wants. Raises ProblemError if there is no such model, or if it wants what is not allowed."""
+        self.card(model)
+        if tta and tta not in self.augmentations():
+            allowed = ", ".join(self.augmentations())
+            raise ProblemError(422, f"tta is {tta}, which takes this endpoint too long; it allows {allowed}")
+        return Ask(model, spacing, tta)
 
     async def look(self, image: bytes, name: str, ask: Ask, threshold: float) -> Picture:
         """What is found on an image file. Raises ProblemError or MotorRayError, which say why it cannot be."""
@@ -235,6 +251,9 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
                 "score_threshold": settings.detect.score_threshold,
                 "presence_threshold": EvaluateSettings().threshold,
                 "box_pixels": settings.targets.box_pixels,
+                "members": card.members,
+                "tta": settings.detect.tta,
+                "tta_allowed": desk.augmentations(),
                 "metrics": card.metrics,
                 "limits": {
                     "image_bytes": desk.limits.image_bytes,
@@ -252,13 +271,13 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
         threshold: Threshold = lowest,
         voxel_spacing_angstrom: Spacing = None,
         model: ModelName = DEFAULT_MODEL,
+        tta: Tta = None,
     ) -> Slice:
         """Find motors on one image: the body is a JPEG, PNG or TIFF file of a slice, 8 or 16 bits, grey or colour."""
-        desk.card(model)
+        ask = desk.ask(model, voxel_spacing_angstrom, tta)
         size = body_bytes(request, desk.limits.image_bytes, "image")
         with desk.room.for_bytes(size):
             image = await read_body(request, size, desk.limits.timeout_seconds)
-            ask = Ask(model, voxel_spacing_angstrom)
             return Slice.model_validate(await desk.look(image, "The image", ask, threshold))
 
     @router.post("/slices:batch", openapi_extra=IMAGES_BODY, responses=trouble({415: "The body is no form of files"}))
@@ -267,11 +286,12 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
         threshold: Threshold = lowest,
         voxel_spacing_angstrom: Spacing = None,
         model: ModelName = DEFAULT_MODEL,
+        tta: Tta = None,
     ) -> Slices:
         """Find motors on several images, each a file of the form's field ``images``."""
         started = time.perf_counter()
         card = desk.card(model)
-        ask = Ask(model, voxel_spacing_angstrom)
+        ask = desk.ask(model, voxel_spacing_angstrom, tta)
         limits = desk.limits
         most = min(limits.images_per_request * limits.image_bytes + PARTS_BYTES, limits.bytes_in_flight)
         size = body_bytes(request, most, "form")

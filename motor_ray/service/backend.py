@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple, Protocol
 
+from motor_ray.config import Augmentation
+
 Picture = dict[str, Any]
 """What was found on an image: model, height, width, presence, detections, note and seconds."""
 
@@ -11,17 +13,21 @@ class Ask(NamedTuple):
 
     model: str
     voxel_spacing_angstrom: float | None
+    tta: Augmentation | None = None
+    """Test-time augmentation, if not the endpoint's own."""
 
 
 class ModelCard(NamedTuple):
-    """A model that requests may name."""
+    """A model that requests may name: a checkpoint, or several that answer together."""
 
-    uri: str
+    uris: list[str]
     sha256: str
     settings: dict[str, Any]
     """Of the run that trained it, with the endpoint's own for how to read and detect."""
 
     metrics: dict[str, Any]
+    members: list[dict[str, Any]]
+    """The sha256 and the backbone of each checkpoint."""
 
 
 class Backend(Protocol):

@@ -154,6 +154,13 @@ class Limits(Reply):
     """Whether tomograms can be handed in."""
 
 
+class Member(Reply):
+    """A checkpoint of a model."""
+
+    sha256: str
+    backbone: str
+
+
 class Model(Reply):
     """A model, and what the endpoint does with it."""
 
@@ -173,6 +180,16 @@ class Model(Reply):
     """Score from which a motor counts, if one has to decide."""
 
     box_pixels: float
+
+    members: list[Member]
+    """The checkpoints that answer together; mostly one."""
+
+    tta: str
+    """Test-time augmentation, if a request asks for none: off, fast or full."""
+
+    tta_allowed: list[str]
+    """What requests for slices may ask for."""
+
     metrics: dict[str, Any]
     """What training measured."""
 

@@ -5,10 +5,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from motor_ray.config import ArchiveSettings, DetectSettings, LinkSettings, Settings
+from motor_ray.config import ArchiveSettings, Augmentation, DetectSettings, LinkSettings, Settings
 
 DEFAULT_MODEL = "default"
 """Name of the model that answers when a request names none."""
+
+SEPARATOR = ","
+"""Stands between checkpoints that answer together under one name."""
 
 KEYS_VARIABLE = "MOTOR_RAY_API_KEYS"
 """Environment variable that may hold what `keys_file` holds."""
@@ -24,7 +27,8 @@ class ServeSettings(Settings):
     """Port to listen on."""
 
     models: dict[str, str] = Field(default={})
-    """Checkpoint folders by the names that requests give them. The one called 'default' answers the others."""
+    """Checkpoint folders by the names that requests give them; several, separated by commas, answer together. The one
+    called 'default' answers the others."""
 
     ingresses: int = Field(1, ge=1)
     """Processes that take requests, check them, and hand them on."""
@@ -46,6 +50,9 @@ class ServeSettings(Settings):
 
     batch_wait_seconds: float = Field(0.0, ge=0)
     """How long an image waits for others to come; those that came while the device was busy go together anyway."""
+
+    most_tta: Augmentation = "full"
+    """The most test-time augmentation that a request may ask for; with 'full' its images take eight times as long."""
 
     queue: int = Field(64, ge=1)
     """Images that may wait for each ingress's detectors; with more the answer is 429."""
@@ -149,3 +156,8 @@ class ServiceSettings(Settings):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     serve: ServeSettings = ServeSettings()
+
+
+def checkpoints_of(model: str) -> list[str]:
+    """The checkpoint folders of one of `ServeSettings.models`."""
+    return model.split(SEPARATOR)

@@ -37,6 +37,11 @@ def make_frames(
     return made
 
 
+def contrasts_of(settings: PreprocessSettings, contrasts: int) -> list[PreprocessSettings]:
+    """How each of 1 or 2 versions of a frame is made: as `settings` say; and with CLAHE off, or on if it is off."""
+    return [settings, settings.model_copy(update={"clahe": not settings.clahe})][:contrasts]
+
+
 def to_uint8(image: NDArray[np.generic], settings: PreprocessSettings) -> NDArray[np.uint8]:
     """8-bit slices as they are; others clipped at percentiles and stretched to 0-255, a constant one to 0.
 

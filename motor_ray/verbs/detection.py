@@ -14,8 +14,9 @@ class Detect:
     out: str
     """Folder or s3:// prefix for the tables."""
 
-    model: str
-    """Checkpoint folder, such as STORAGE/NAME/best."""
+    model: tuple[str, ...]
+    """Checkpoint folder, such as STORAGE/NAME/best; of several, heatmaps are averaged. STORAGE/NAME/snapshots stands
+    for all in it."""
 
     archive: str | None = None
     """Folder or s3:// prefix that holds the tomograms; or give --manifest."""

@@ -32,9 +32,9 @@ class Plan:
     spacing: float | None = None
     """Their voxel spacing in angstrom; it says every how-manieth slice a first look takes."""
 
-    model: str | None = None
-    """Checkpoint folder. With an archive, half a minute of it is loaded and scored, here or on the cluster of
-    RAY_ADDRESS, and rates that are not given are taken from that."""
+    model: tuple[str, ...] = ()
+    """Checkpoint folder, or several. With an archive, half a minute of it is loaded and scored, here or on the cluster
+    of RAY_ADDRESS, and rates that are not given are taken from that."""
 
     gpus: int | None = None
     """GPUs of the cluster; those of the one that was measured, or none, when not given."""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from motor_ray.config import Settings
 from motor_ray.errors import ConfigError
-from motor_ray.service.settings import DEFAULT_MODEL, ServiceSettings
+from motor_ray.service.settings import DEFAULT_MODEL, SEPARATOR, ServiceSettings
 from motor_ray.verbs.flags import Result, Unprefixed
 
 
@@ -16,8 +16,9 @@ class Serve:
     tree: ClassVar[type[Settings]] = ServiceSettings
     """What the --config file of this verb holds."""
 
-    model: str | None = None
-    """Checkpoint folder, such as STORAGE/NAME/best. Where an endpoint is running already, it changes over to it."""
+    model: tuple[str, ...] = ()
+    """Checkpoint folder, such as STORAGE/NAME/best; of several, heatmaps are averaged. Where an endpoint is running
+    already, it changes over to it."""
 
     host: str | None = None
     """Short for --serve.host."""
@@ -61,8 +62,10 @@ class Serve:
     def all_settings(self) -> ServiceSettings:
         """The settings, with what the short flags say."""
         given = {name: getattr(self, name) for name in ("host", "port") if getattr(self, name) is not None}
+        if wrong := [uri for uri in self.model if SEPARATOR in uri]:
+            raise ConfigError(f"--model {wrong[0]}: give several checkpoints one after the other, without commas")
         if self.model:
-            given["models"] = self.settings.serve.models | {DEFAULT_MODEL: self.model}
+            given["models"] = self.settings.serve.models | {DEFAULT_MODEL: SEPARATOR.join(self.model)}
         return ServiceSettings.model_validate(
             self.settings.model_dump() | {"serve": self.settings.serve.model_dump() | given}
         )

@@ -37,8 +37,8 @@ class Bench:
     """Parts of `bench detect` (device, peers, growth, model), of `bench train` (loop, workers, restart, precision) or
     of `bench serve` (latency, throughput, device, overload, kill, memory); all of them when not given."""
 
-    model: str | None = None
-    """Checkpoint for `bench looks`; the demo's is trained when not given."""
+    model: tuple[str, ...] = ()
+    """Checkpoint for `bench looks`, or several; the demo's is trained when not given."""
 
     out: str | None = None
     """JSON file to write, beside stdout."""

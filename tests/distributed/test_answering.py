@@ -14,7 +14,7 @@ from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.answering import Answerer, picture_of
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import MotorRayError, SliceCorruptError, TomogramError
 from motor_ray.service.backend import ModelCard
@@ -47,7 +47,9 @@ class InProcess:
         self.answerer = answerer
 
     async def look(self, image, ask):
-        prepared = await asyncio.to_thread(self.answerer.prepare_picture, image, ask.voxel_spacing_angstrom, MOST)
+        prepared = await asyncio.to_thread(
+            self.answerer.prepare_picture, image, ask.voxel_spacing_angstrom, MOST, ask.tta
+        )
         return picture_of(prepared, self.answerer.look([prepared])[0], self.answerer.sha256)
 
     async def wake(self):
@@ -59,14 +61,14 @@ class InProcess:
 
 @pytest.fixture(scope="module")
 def app(answerer):
-    card = ModelCard("nowhere", SHA, SMALL.model_dump(mode="json"), {})
+    card = ModelCard(["nowhere"], SHA, SMALL.model_dump(mode="json"), {}, [])
     return app_of(InProcess(answerer), cards={"default": card}, image_pixels=MOST)
 
 
 def slab(settings, checkpoint, row, zs):
     """What bulk detection finds on the slices `zs`."""
     plan = make_plan([row], {row["tomo_id"]: zs}, len(zs))
-    (found,) = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(plan)).to_pylist()
+    (found,) = ScoreFrames(settings, checkpoint)(LoadSlab(**loader_arguments(settings))(plan)).to_pylist()
     return found["slices"]
 
 
@@ -116,6 +118,30 @@ def test_several_images_are_answered_as_each_alone(answerer, app, archive):
         for one in (picture, told):
             assert_same(one, alone)
     assert (reply[-1]["height"], reply[-1]["width"]) == (130, 70)
+
+
+def test_each_image_is_looked_at_with_the_augmentation_that_it_asks_for(answerer, archive, checkpoint):
+    paths = sorted(sorted(Path(archive.uri).iterdir())[1].iterdir())[:3]
+    asked = ["full", "off", "fast"]
+    data = zip(paths, asked, strict=True)
+    prepared = [answerer.prepare_picture(path.read_bytes(), None, MOST, tta) for path, tta in data]
+    row = row_of(paths[0].parent / "slice_{z:04d}.jpg", (20, 96, 96))
+    for z, (tta, answer) in enumerate(zip(asked, answerer.look(prepared), strict=True)):
+        (entry,) = slab(changed(detect={"tta": tta}), checkpoint, row, [z])
+        assert_same(picture_of(prepared[z], answer, SHA), entry)
+    assert [one.images.shape[1] for one in prepared] == [2, 1, 1]
+
+
+def test_several_models_with_augmentation_of_their_own_answer_as_in_bulk(archive, checkpoint):
+    settings = changed(detect={"tta": "full"})
+    answerer = Answerer([checkpoint, checkpoint], SHA, settings, threads=1)
+    answerer.warm_up()
+    pattern = sorted(Path(archive.uri).iterdir())[0] / "slice_{z:04d}.jpg"
+    row = row_of(pattern, (20, 96, 96))
+    (entry,) = slab(settings, checkpoint, row, [4])
+    assert_same(looked(answerer, Path(str(pattern).format(z=4)).read_bytes()), entry)
+    (seen,) = answerer.look([answerer.prepare_slab(make_plan([row], {"t": [4]}, 1).to_pylist()[0])])[0].slices
+    assert_same(seen, entry)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
@@ -233,7 +259,7 @@ def test_an_image_of_any_shape_is_answered(app, shape):
 def test_an_answer_that_is_no_number_is_not_passed_on(answerer, archive, monkeypatch):
     data = next(sorted(Path(archive.uri).iterdir())[0].iterdir()).read_bytes()
     look = answerer.looker
-    monkeypatch.setattr(answerer, "looker", lambda images: [one._replace(is_sound=False) for one in look(images)])
+    monkeypatch.setattr(answerer, "looker", lambda *asked: [one._replace(is_sound=False) for one in look(*asked)])
     with pytest.raises(SliceCorruptError, match="not finite"):
         looked(answerer, data)
 

@@ -8,16 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
 from ray.data import ActorPoolStrategy
 
 from motor_ray import storage
 from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
+from motor_ray.detector.checkpoint import save_checkpoint
+from motor_ray.detector.description import describe_models
+from motor_ray.detector.model import build_model
 from motor_ray.distributed.cluster import object_store_limit
 from motor_ray.distributed.detect import Tally, compilation, detect, dry_run, settings_of_model, write_plan
 from motor_ray.distributed.ledger import gather
-from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, plan_pools, room
 from motor_ray.distributed.progress import News, Steady
@@ -130,6 +134,8 @@ def test_compilation_is_chosen_only_when_the_archive_pays_for_it(settings):
     assert compiled(100_000, 720)
     assert not compiled(100, 720)
     assert not compiled(10_000, 96)
+    full = settings_from(settings.model_dump() | {"frame": {"size": 720}, "detect": {"tta": "full"}})
+    assert compilation(100, full) != "off"  # each of eight looks pays
     asked = settings_from(settings.model_dump() | {"detect": {"compile": "on"}})
     assert compilation(1, asked) == "on"
 
@@ -191,6 +197,43 @@ def test_two_looks_together_score_what_an_exhaustive_one_scores_on_the_same_slic
     looks = runs["some"]["looks"]
     assert looks["first look"]["slices"] + looks["second look"]["slices"] == len(scored["some"])
     assert runs["some"]["counts"]["planned"] == len(scored["some"])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_several_models_in_several_views_are_one_run_that_says_who_they_were(archive, settings, checkpoint, tmp_path):
+    torch.manual_seed(5)
+    save_checkpoint(tmp_path / "other", build_model(settings.model), settings, {})
+    both = [checkpoint, str(tmp_path / "other")]
+    manifest = make_manifest(archive.uri, settings.archive).slice(0, 2)
+    views = settings_from(settings.model_dump() | {"detect": settings.detect.model_dump() | {"tta": "full"}})
+    run = detect(manifest, NONE, both, str(tmp_path / "run"), views)
+    plan = storage.read_table(str(tmp_path / "run" / "plan.parquet"))
+    expected = ScoreFrames(views, both)(LoadSlab(**loader_arguments(views))(plan))
+    assert in_order(storage.read_table(str(tmp_path / "run" / "slabs"))) == in_order(expected)
+    assert run["model_sha256"] == describe_models(both).sha256
+    assert [one["model"] for one in run["models"]] == both
+    assert run["settings"]["detect"]["tta"] == "full"
+    assert detect(manifest, NONE, both, str(tmp_path / "run"), views) == run  # which is finished
+    for other, asked in ((both[::-1], views), (checkpoint, views), (both, settings)):
+        with pytest.raises(RunError, match="holds a run with another"):
+            detect(manifest, NONE, other, str(tmp_path / "run"), asked)
+
+
+def test_models_that_see_different_frames_are_refused_before_anything_is_done(archive, settings, checkpoint, tmp_path):
+    manifest = make_manifest(archive.uri, settings.archive)
+    larger = settings_from(settings.model_dump() | {"frame": {"size": 128}})
+    save_checkpoint(tmp_path / "larger", build_model(larger.model), larger, {})
+    both = [checkpoint, str(tmp_path / "larger")]
+    for run in (
+        lambda: detect(manifest, NONE, both, str(tmp_path / "run"), settings),
+        lambda: dry_run(manifest, NONE, both, settings),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"larger: was trained with frame\.size 128, but .* with 96; .*leave one"
+        ):
+            run()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.ray

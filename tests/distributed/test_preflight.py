@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from motor_ray.config import DetectSettings
 from motor_ray.distributed.preflight import (
     LOADER_BYTES,
+    NETWORK_BYTES,
     SCORER_BYTES,
     SLAB_BYTES,
     TASKS,
@@ -25,20 +26,24 @@ CLUSTER = Room(cpus=256, gpus=8, memory=10**12, object_store=2 * 10**11)
     memory=st.integers(0, 64 * 10**9),
     scorers=st.none() | st.integers(1, 80),
     loaders=st.none() | st.integers(1, 80),
+    networks=st.integers(1, 10),
 )
-def test_what_is_planned_leaves_room_for_the_tasks_that_feed_it_or_is_refused(cpus, gpus, memory, scorers, loaders):
+def test_what_is_planned_leaves_room_for_the_tasks_that_feed_it_or_is_refused(
+    cpus, gpus, memory, scorers, loaders, networks
+):
     """Otherwise Ray waits for ever (ray issue 44687)."""
     room = Room(cpus, gpus, memory, 10**9)
     try:
-        pools = plan_pools(room, DetectSettings(scorers=scorers, loaders=loaders))
+        pools = plan_pools(room, DetectSettings(scorers=scorers, loaders=loaders), networks)
     except RunError:
-        assert cpus < TASKS + 2 or memory < LOADER_BYTES + SCORER_BYTES
+        assert cpus < TASKS + 2 or memory < LOADER_BYTES + SCORER_BYTES + (networks - 1) * NETWORK_BYTES
         return
+    assert pools.scorer_bytes == SCORER_BYTES + (networks - 1) * NETWORK_BYTES
     assert pools.scorers >= 1
     assert pools.loaders >= 1
     assert pools.scorers + pools.loaders + TASKS <= cpus
     assert pools.scorers * pools.gpus_per_scorer <= gpus
-    assert pools.scorers * SCORER_BYTES + pools.loaders * LOADER_BYTES <= memory
+    assert pools.scorers * pools.scorer_bytes + pools.loaders * LOADER_BYTES <= memory
     assert pools.bytes_ahead <= room.object_store // 2
 
 

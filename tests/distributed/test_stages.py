@@ -13,7 +13,7 @@ from motor_ray.config import settings_from
 from motor_ray.detector.looks import Look
 from motor_ray.distributed.frame_store import FrameStore, fill
 from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
-from motor_ray.distributed.loading import LoadSlab, channel_step, channels_of, with_neighbours
+from motor_ray.distributed.loading import LoadSlab, channel_step, channels_of, loader_arguments, with_neighbours
 from motor_ray.distributed.scoring import ScoreFrames, images_of, merge_frames, slice_of
 from motor_ray.errors import OutageError
 from motor_ray.slices.frame import frames_of
@@ -116,6 +116,29 @@ def test_training_and_detection_see_the_same_channels(plan, settings, spacing, t
     for image, z in zip(detected, zs, strict=True):
         assert (image == store.frame(f"{z}/0")).all()
         assert (image == every[[max(z - step, 0), z, min(z + step, size_z - 1)]]).all()
+
+
+@pytest.mark.parametrize("in_slices", [1, 3])
+def test_for_full_augmentation_each_image_comes_with_clahe_switched(plan, settings, in_slices):
+    full = changed(settings, detect={"tta": "full"}, model={"in_slices": in_slices})
+    off = changed(full, detect={"tta": "off"})
+    plain = changed(off, preprocess={"clahe": False})
+    tiled = {"frame": {"size": 96, "mode": "spacing", "spacing_angstrom": 16.0}}
+    row = plan.to_pylist()[0] | {"zs": [0, 1, 5], "voxel_spacing_angstrom": 24.0}
+    for tiles, way in ((1, {}), (4, tiled)):
+        with_both, as_ever, without = (changed(one, **way) for one in (full, off, plain))
+        both = LoadSlab(**loader_arguments(with_both)).load(row)
+        images = images_of(both, both["frames"].ravel(), tiles, with_both)
+        assert images.shape == (3 * tiles, 2 * in_slices, 96, 96)
+        for half, alone in ((images[:, :in_slices], as_ever), (images[:, in_slices:], without)):
+            loaded = LoadSlab(**loader_arguments(alone)).load(row)
+            np.testing.assert_array_equal(half, images_of(loaded, loaded["frames"].ravel(), tiles, alone))
+
+
+def test_training_reads_no_more_than_it_looks_at(plan, settings):
+    row = plan.to_pylist()[0]
+    full = LoadSlab(changed(settings, detect={"tta": "full"})).load(row)
+    np.testing.assert_array_equal(full["frames"], LoadSlab(settings).load(row)["frames"])
 
 
 def test_a_missing_neighbour_is_replaced_by_the_slice_itself(damaged, settings):

@@ -85,7 +85,8 @@ class Figures:
 
 def card(settings: Mapping[str, Any] | None = None) -> ModelCard:
     """A model whose run had these settings."""
-    return ModelCard("nowhere", SHA, settings_from(settings or {}).model_dump(mode="json"), {"ap": 0.5})
+    member = {"model": "nowhere", "sha256": SHA, "backbone": "resnet101"}
+    return ModelCard(["nowhere"], SHA, settings_from(settings or {}).model_dump(mode="json"), {"ap": 0.5}, [member])
 
 
 def app_of(

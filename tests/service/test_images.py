@@ -69,6 +69,29 @@ def test_another_model_is_asked_by_its_name(backend):
     assert ask(app, "GET", "/v1/model").json()["frame_pixels"] == 720
 
 
+@pytest.mark.parametrize("path", ["/v1/slices", "/v1/slices:batch"])
+def test_test_time_augmentation_is_asked_for_as_far_as_the_endpoint_allows_it(backend, path):
+    body, headers = form([("a.jpg", JPEG)]) if path.endswith("batch") else (JPEG, [])
+    app = app_of(backend, most_tta="fast")
+    assert ask(app, "POST", path, body, headers).status == 200
+    assert ask(app, "POST", f"{path}?tta=fast", body, headers).status == 200
+    assert [wanted.tta for _, wanted in backend.asked] == [None, "fast"]
+    refused = ask(app, "POST", f"{path}?tta=full", body, headers).problem(422)
+    assert refused == "tta is full, which takes this endpoint too long; it allows off, fast"
+    assert "tta" in ask(app, "POST", f"{path}?tta=most", body, headers).problem(422)
+    assert len(backend.asked) == 2
+    told = ask(app, "GET", "/v1/model").json()
+    assert (told["tta"], told["tta_allowed"]) == ("off", ["off", "fast"])
+
+
+def test_the_members_of_a_model_are_told_but_not_where_they_lie(backend):
+    members = [{"model": "s3://secret/best", "sha256": digit * 64, "backbone": "resnet50"} for digit in "ab"]
+    together = card()._replace(members=members, uris=["s3://secret/best"] * 2)
+    told = ask(app_of(backend, cards={"default": together}), "GET", "/v1/model")
+    assert [one["sha256"][0] for one in told.json()["members"]] == ["a", "b"]
+    assert b"secret" not in told.body
+
+
 BROKEN = {
     "nothing": (b"", "empty"),
     "a page": (b"<html>not an image</html>", "expected a JPEG, PNG or TIFF"),
