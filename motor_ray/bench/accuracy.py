@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,50 +59,71 @@ def bench_accuracy(
     return report(folder, sizes)
 
 
+class Crew:
+    """The processes that are at work; once they are sent home no other starts."""
+
+    def __init__(self) -> None:
+        self._lock, self._at_work = threading.Lock(), set[subprocess.Popen[bytes]]()
+        self.problem: BaseException | None = None
+        """Why they were sent home."""
+
+    def run(self, said: dict[str, Any], folder: Path, title: str) -> None:
+        """Run accuracy_run on one thread; its words go to log.txt in `folder`. Raises UnfinishedError if it fails."""
+        write_json(str(folder / "job.json"), said)
+        command = [sys.executable, "-m", "motor_ray.bench.accuracy_run", str(folder / "job.json")]
+        with (folder / "log.txt").open("wb") as out:
+            with self._lock:
+                if self.problem:
+                    raise UnfinishedError(f"{title}: was not begun")
+                child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
+                self._at_work.add(child)
+            code = child.wait()
+            self._at_work.discard(child)
+        if code:
+            raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}; the same command goes on")
+
+    def send_home(self, problem: BaseException) -> None:
+        """End what is at work; of several problems the first one is remembered."""
+        with self._lock:
+            self.problem = self.problem or problem
+            for child in self._at_work:
+                child.terminate()
+
+
 def run_all(jobs: Sequence[Job], processes: int) -> None:
-    """Run each job in a process of its own, so many at a time. Raises UnfinishedError after the first that fails."""
-    pool = ThreadPoolExecutor(processes)
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        futures = [pool.submit(run_job, job, children) for job in jobs]
-        for future in futures:
-            future.result()
-    finally:  # Ctrl-C, too: a row that is not whole is begun again
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.terminate()
+    """Run each job in a process of its own, so many at a time. Raises UnfinishedError if one fails, which ends all.
+
+    What was not done then, or when Ctrl-C was pressed, is begun anew the next time.
+    """
+    crew = Crew()
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(run_job, job, crew) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException as problem:
+            crew.send_home(problem)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if crew.problem:
+        raise crew.problem
 
 
-def run_job(job: Job, children: list[subprocess.Popen[bytes]]) -> None:
-    """Run a row with one seed; its process is among `children` while it runs."""
+def run_job(job: Job, crew: Crew) -> None:
+    """Run a row with one seed; if that fails all go home."""
+    if crew.problem:
+        return
     started = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
-    call(job_json([job], "row"), job.folder, f"{ROWS[job.name].title}, seed {job.seed}", children)
-    result = job.result
-    if result is None:
-        raise UnfinishedError(f"{job.folder}: ended without a result; see log.txt there")
-    scores = result["scores"]
-    log.info(
-        "%s, seed %d: mAP@0.5 %.3f, F2 %.3f (simulated), %.0f s",
-        job.row.title,
-        job.seed,
-        scores["mAP@0.5"],
-        scores["f2"],
-        time.monotonic() - started,
-    )
-
-
-def call(said: dict[str, Any], folder: Path, title: str, children: list[subprocess.Popen[bytes]]) -> None:
-    """Run accuracy_run on one thread; its words go to log.txt in `folder`. Raises UnfinishedError if it fails."""
-    write_json(str(folder / "job.json"), said)
-    command = [sys.executable, "-m", "motor_ray.bench.accuracy_run", str(folder / "job.json")]
-    with (folder / "log.txt").open("wb") as out:
-        child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
-        children.append(child)
-        code = child.wait()
-        children.remove(child)
-    if code:
-        raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}; the same command goes on")
+    try:
+        crew.run(job_json([job], "row"), job.folder, f"{job.row.title}, seed {job.seed}")
+    except BaseException as problem:
+        crew.send_home(problem)
+        raise
+    assert job.result, job.folder
+    scores, seconds = job.result["scores"], time.monotonic() - started
+    quality = f"mAP@0.5 {scores['mAP@0.5']:.3f}, F2 {scores['f2']:.3f} (simulated)"
+    log.info("%s, seed %d: %s, %.0f s", job.row.title, job.seed, quality, seconds)
 
 
 def done_jobs(work: Path, sizes: Sizes) -> list[Job]:
@@ -145,6 +167,6 @@ def speed_of(work: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     file = work / "speed" / f"{key}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory(prefix="motor-ray-speed-") as folder:
-            call(job_json(first, "speed") | {"out": str(file)}, Path(folder), "timing", [])
+            Crew().run(job_json(first, "speed") | {"out": str(file)}, Path(folder), "timing")
     said: dict[str, Any] = read_json(str(file))
     return said

@@ -116,10 +116,23 @@ class TorchvisionPeer(nn.Module):
         return [Found(one["boxes"], one["scores"]) for one in found]
 
 
+class _CoarseLevels(LastLevelP6P7):
+    """Torchvision's levels of stride 64 and 128, in float32.
+
+    In bfloat16 the gradient of a convolution from a few cells to one is not finite on some CPUs (seen with torch 2.14
+    and AMX).
+    """
+
+    def forward(self, p: list[torch.Tensor], c: list[torch.Tensor], names: list[str]) -> Any:
+        """See ExtraFPNBlock of torchvision."""
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(_exact(p), _exact(c), names)
+
+
 def pyramid(backbone: str) -> BackboneWithFPN:
     """Torchvision's feature pyramid, strides 8 to 128, on a ResNet that starts as ours does."""
     body = get_model(backbone, weights=None, zero_init_residual=True)
-    return _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256))
+    return _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=_CoarseLevels(256, 256))
 
 
 def build_peer(name: str, settings: RunSettings) -> nn.Module:
