@@ -58,7 +58,9 @@ class Sizes:
     clutter: float = 2.0
 
     frame: int = 160
-    box_pixels: float = 64.0
+    box_angstrom: float = 1600.0
+    """About what the recipe's boxes, 100 pixels of a frame of 720, are of a public tomogram of 13.1 angstrom."""
+
     backbone: str = "resnet18"
     neck_channels: int = 256
     head_channels: int = 64
@@ -71,6 +73,11 @@ class Sizes:
     def parts(self) -> dict[Part, int]:
         """Tomograms of each part."""
         return dict(zip(SEEDS, self.tomograms, strict=True))
+
+    @property
+    def box_pixels(self) -> float:
+        """How large a box is in a frame of the first of the spacings."""
+        return self.box_angstrom / self.seen_spacings[0] * self.frame / self.shape[-1]
 
     @property
     def key(self) -> str:
@@ -96,7 +103,7 @@ def settings_of(sizes: Sizes, seed: int, changes: Changes) -> RunSettings:
     """
     values: dict[str, dict[str, Any]] = {
         "frame": {"size": sizes.frame},
-        "targets": {"box_pixels": sizes.box_pixels},
+        "targets": {"box_pixels": sizes.box_pixels, "box_angstrom": sizes.box_angstrom},
         "model": {
             "backbone": sizes.backbone,
             "pretrained": "none",
@@ -144,7 +151,7 @@ def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
 
 def archive_key(sizes: Sizes) -> str:
     """A short name: equal for sizes that make the same tomograms."""
-    trained = ("frame", "box_pixels", "backbone", "neck_channels", "head_channels")
+    trained = ("frame", "box_angstrom", "backbone", "neck_channels", "head_channels")
     budget = ("epochs", "batch_size", "learning_rate", "slices_per_motor")
     return short_hash({name: value for name, value in asdict(sizes).items() if name not in trained + budget})
 

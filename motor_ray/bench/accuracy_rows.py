@@ -32,12 +32,9 @@ ROWS: dict[str, Row] = {
     "plain": Row(
         title="plain CenterNet",
         role="peer",
-        what="heatmap with focal loss, L1 for size and offset; no GIoU, no CLAHE, no noise and blur",
-        changes={
-            "preprocess": {"clahe": False},
-            "augment": {"poisson_probability": 0.0, "blur_sigma_max": 0.0},
-            "loss": {"giou_weight": 0.0, "presence_weight": 0.0},
-        },
+        what="one transposed-convolution neck of stride 4, focal loss, L1 for size and offset, and nothing else: no "
+        "GIoU, no presence; the same frames",
+        changes={"model": {"neck": "deconvolution"}, "loss": {"giou_weight": 0.0, "presence_weight": 0.0}},
     ),
     "retinanet": Row(
         title="RetinaNet",
@@ -54,7 +51,27 @@ ROWS: dict[str, Row] = {
         changes={"train": {"learning_rate": 3e-4}},
     ),
     "yolo": Row(title="YOLOv8s", role="peer", training="yolo", what="ultralytics' network and loss"),
-    "seed": Row(title="seed's model", role="seed", what="the repository's own settings"),
+    "seed": Row(title="seed's model", role="seed", what="the repository's defaults, on the backbone of all rows"),
+    "seed-101": Row(
+        title="seed's model, ResNet-101",
+        role="seed",
+        what="the repository's defaults, backbone included: what the light one is measured by",
+        changes={"model": {"backbone": "resnet101"}},
+    ),
+    "light": Row(
+        title="light",
+        role="light",
+        what="a separable neck and heads of half the channels",
+        changes={"model": {"neck": "light"}},
+    ),
+    "slices": Row(
+        title="+ 2.5-D",
+        role="single",
+        what="sees the slices about 40 angstrom below and above, too",
+        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}},
+    ),
+    "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
+    "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
 }
 """In the order of the table."""
 
