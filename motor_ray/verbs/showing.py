@@ -27,18 +27,30 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure how fast this machine is, as ratios within one run."""
+    """Measure how fast this machine is, as ratios within one run, or how good the detectors are."""
 
-    what: tyro.conf.Positional[Literal["model", "detect", "looks", "train", "serve", "plan"]]
+    what: tyro.conf.Positional[Literal["model", "detect", "looks", "train", "serve", "plan", "accuracy"]]
     """What to measure: the network; the pipeline that feeds it from object storage; what looking twice saves; how
-    training uses the machine; the endpoint; whether `motor-ray plan` foretells how long the pipeline takes."""
+    training uses the machine; the endpoint; whether `motor-ray plan` foretells how long the pipeline takes; how good
+    our detectors and others' are on simulated tomograms."""
 
     parts: tuple[str, ...] = ()
     """Parts of `bench detect` (device, peers, growth, model), of `bench train` (loop, workers, restart, precision) or
-    of `bench serve` (latency, throughput, device, overload, kill, memory); all of them when not given."""
+    of `bench serve` (latency, throughput, device, overload, kill, memory), or rows of `bench accuracy` (plain,
+    retinanet, fcos, yolo, seed and others); all of them when not given."""
 
     model: tuple[str, ...] = ()
     """Checkpoint for `bench looks`, or several; the demo's is trained when not given."""
+
+    work: str | None = None
+    """Folder of `bench accuracy` for its tomograms, models and results, to go on from; motor-ray-accuracy here when not
+    given."""
+
+    seeds: int | None = None
+    """Of `bench accuracy`: how often each detector is trained; 3 when not given."""
+
+    processes: int | None = None
+    """Of `bench accuracy`: trainings at a time, each on one thread; 1 when not given."""
 
     out: str | None = None
     """JSON file to write, beside stdout."""
@@ -59,10 +71,12 @@ class Bench:
         return tuple(part for part in known if part in self.parts or not self.parts)
 
     def _measure(self) -> dict[str, Any]:
-        if self.parts and self.what not in ("detect", "train", "serve"):
+        if self.parts and self.what not in ("detect", "train", "serve", "accuracy"):
             raise ConfigError(
-                "--parts chooses among the parts of `bench detect`, `train` and `serve`; leave it out here"
+                "--parts chooses among the parts of `bench detect`, `train`, `serve` and `accuracy`; leave it out here"
             )
+        if self.what != "accuracy" and (self.work, self.seeds, self.processes) != (None, None, None):
+            raise ConfigError("--work, --seeds and --processes are for `motor-ray bench accuracy`; leave them out here")
         if self.model and self.what != "looks":
             raise ConfigError("--model is the detector of `motor-ray bench looks`; leave it out here")
         if self.what == "detect":
@@ -83,6 +97,11 @@ class Bench:
             from motor_ray.bench.plan import bench_plan
 
             return bench_plan()
+        if self.what == "accuracy":
+            from motor_ray.bench.accuracy import bench_accuracy
+
+            work, seeds, processes = self.work or "motor-ray-accuracy", self.seeds, self.processes
+            return bench_accuracy(self.parts, work, seeds=3 if seeds is None else seeds, processes=processes or 1)
         if self.what == "looks":
             from motor_ray.bench.looks import bench_looks
 

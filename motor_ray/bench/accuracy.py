@@ -1,0 +1,172 @@
+"""How good the detectors are, ours and others', on simulated tomograms: `motor-ray bench accuracy`.
+
+    archives (simulated, once) -> for each row and seed a process: train, look, score -> result.json
+    all results -> accuracy.json, accuracy.md, accuracy.png
+
+Every row and seed is written down when it is done, so the benchmark goes on where it was stopped, and can be run in
+parts; each process computes on one thread.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from motor_ray.bench.accuracy_archives import Sizes, archive, short_hash
+from motor_ray.bench.accuracy_figure import accuracy_figure
+from motor_ray.bench.accuracy_rows import ROWS, as_json, chosen, key_of
+from motor_ray.bench.accuracy_run import Job
+from motor_ray.bench.accuracy_run import as_json as job_json
+from motor_ray.bench.accuracy_table import as_json as line_json
+from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
+from motor_ray.bench.children import last_words
+from motor_ray.errors import ConfigError, UnfinishedError
+from motor_ray.storage import read_json, write_bytes, write_json
+
+FIRST_SEED = 420
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+SIMULATED = "Simulated tomograms; nothing here says how good a detector is on real ones."
+
+log = logging.getLogger(__name__)
+
+
+def bench_accuracy(
+    parts: tuple[str, ...], work: str, *, seeds: int = 3, processes: int = 1, sizes: Sizes | None = None
+) -> dict[str, Any]:
+    """Train and score what is not done yet of the rows `parts`, all without any; returns the whole table.
+
+    Everything is kept in the folder `work`, where accuracy.json, accuracy.md and accuracy.png of all that is done
+    appear as well. Raises ConfigError for an unknown row, UnfinishedError if a training fails: what is done stays.
+    """
+    names = chosen(parts)
+    if seeds < 1 or processes < 1:
+        raise ConfigError(f"--seeds {seeds} and --processes {processes}: expected 1 or more of each")
+    sizes, folder = sizes or Sizes(), Path(work).absolute()
+    for part in ("train", "validation", "test"):
+        archive(folder, part, sizes)
+    # Seed by seed, so that the table is whole early.
+    jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in names]
+    run_all([job for job in jobs if job.result is None], processes)
+    return report(folder, sizes)
+
+
+class Crew:
+    """The processes that are at work; once they are sent home no other starts."""
+
+    def __init__(self) -> None:
+        self._lock, self._at_work = threading.Lock(), set[subprocess.Popen[bytes]]()
+        self.problem: BaseException | None = None
+        """Why they were sent home."""
+
+    def run(self, said: dict[str, Any], folder: Path, title: str) -> None:
+        """Run accuracy_run on one thread; its words go to log.txt in `folder`. Raises UnfinishedError if it fails."""
+        write_json(str(folder / "job.json"), said)
+        command = [sys.executable, "-m", "motor_ray.bench.accuracy_run", str(folder / "job.json")]
+        with (folder / "log.txt").open("wb") as out:
+            with self._lock:
+                if self.problem:
+                    raise UnfinishedError(f"{title}: was not begun")
+                child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
+                self._at_work.add(child)
+            code = child.wait()
+            self._at_work.discard(child)
+        if code:
+            raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}; the same command goes on")
+
+    def send_home(self, problem: BaseException) -> None:
+        """End what is at work; of several problems the first one is remembered."""
+        with self._lock:
+            self.problem = self.problem or problem
+            for child in self._at_work:
+                child.terminate()
+
+
+def run_all(jobs: Sequence[Job], processes: int) -> None:
+    """Run each job in a process of its own, so many at a time. Raises UnfinishedError if one fails, which ends all.
+
+    What was not done then, or when Ctrl-C was pressed, is begun anew the next time.
+    """
+    crew = Crew()
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(run_job, job, crew) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException as problem:
+            crew.send_home(problem)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if crew.problem:
+        raise crew.problem
+
+
+def run_job(job: Job, crew: Crew) -> None:
+    """Run a row with one seed; if that fails all go home."""
+    if crew.problem:
+        return
+    started = time.monotonic()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        crew.run(job_json([job], "row"), job.folder, f"{job.row.title}, seed {job.seed}")
+    except BaseException as problem:
+        crew.send_home(problem)
+        raise
+    assert job.result, job.folder
+    scores, seconds = job.result["scores"], time.monotonic() - started
+    quality = f"mAP@0.5 {scores['mAP@0.5']:.3f}, F2 {scores['f2']:.3f} (simulated)"
+    log.info("%s, seed %d: %s, %.0f s", job.row.title, job.seed, quality, seconds)
+
+
+def done_jobs(work: Path, sizes: Sizes) -> list[Job]:
+    """All rows and seeds that are done with these sizes."""
+    there = sorted((work / "rows" / sizes.key).glob("*/result.json"))
+    jobs = [Job(work, *_name_and_seed(file.parent.name), sizes) for file in there]
+    return [job for job in jobs if job.name in ROWS and job.result is not None]
+
+
+def _name_and_seed(folder: str) -> tuple[str, int]:
+    name, _, seed = folder.rpartition("-")
+    return name, int(seed)
+
+
+def report(work: Path, sizes: Sizes) -> dict[str, Any]:
+    """Write the table, the picture and the JSON of all that is done; returns the last."""
+    jobs = done_jobs(work, sizes)
+    speed = speed_of(work, jobs)
+    lines = lines_of([job.result for job in jobs if job.result], speed["milliseconds"])
+    said = {
+        "simulated": SIMULATED,
+        "requirements": requirements(lines),
+        "rows": [line_json(line) for line in lines],
+        "contestants": as_json(ROWS),
+        "sizes": job_json(jobs, "sizes")["sizes"],
+        "machine": speed["machine"],
+        "table": str(work / "accuracy.md"),
+        "picture": str(work / "accuracy.png"),
+    }
+    write_bytes(said["table"], markdown(lines).encode())
+    accuracy_figure(said["picture"], lines)
+    write_json(str(work / "accuracy.json"), said)
+    return said
+
+
+def speed_of(work: Path, jobs: Sequence[Job]) -> dict[str, Any]:
+    """How fast the first seed of each row is, all in one process, measured unless it was of these very rows."""
+    first = list({job.name: job for job in sorted(jobs, key=lambda job: -job.seed)}.values())
+    first.sort(key=lambda job: list(ROWS).index(job.name))
+    key = short_hash([key_of(job.name, job.seed, job.sizes) for job in first])
+    file = work / "speed" / f"{key}.json"
+    if not file.exists():
+        with tempfile.TemporaryDirectory(prefix="motor-ray-speed-") as folder:
+            Crew().run(job_json(first, "speed") | {"out": str(file)}, Path(folder), "timing")
+    said: dict[str, Any] = read_json(str(file))
+    return said

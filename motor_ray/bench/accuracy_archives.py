@@ -1,0 +1,188 @@
+"""The tomograms of the accuracy benchmark: simulated, hard, and the same wherever they are made.
+
+    WORK/archives/<hash of what they are>/<part>/<spacing>/train/..., train_labels.csv
+
+They are hard on purpose: low contrast, many distractors, and in the test voxel spacings that training did not see.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+
+from motor_ray.archive.imaging import SimulationSettings
+from motor_ray.archive.labels import Labels, read_labels
+from motor_ray.archive.manifest import make_manifest
+from motor_ray.archive.simulate import simulate_archive
+from motor_ray.config import ArchiveSettings, RunSettings, settings_from
+from motor_ray.distributed.samples import with_labelled_spacing
+from motor_ray.machine import cores
+
+Part = Literal["train", "validation", "test", "unlabelled"]
+
+SEEDS: dict[Part, int] = {"train": 7100, "validation": 7200, "test": 7300, "unlabelled": 7400}
+"""Seed of the first archive of each part; that of the next spacing is one higher."""
+
+
+TOMOGRAMS_PER_PROCESS = 8
+"""Fewer are simulated before another process has started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """All that the benchmark's data and budget depend on; results of other sizes are never mixed."""
+
+    shape: tuple[int, int, int] = (40, 224, 224)
+    tomograms: tuple[int, int, int, int] = (64, 32, 64, 64)
+    """To train on, to validate with, to test, and without labels."""
+
+    seen_spacings: tuple[float, ...] = (16.0, 19.7)
+    """Angstrom per voxel of all parts."""
+
+    unseen_spacings: tuple[float, ...] = (13.1, 22.5)
+    """Angstrom per voxel of half of the test, and of no other part."""
+
+    train_counts: tuple[int, ...] = (1, 2, 0, 1)
+    motor_counts: tuple[int, ...] = (1, 0, 2, 0, 1, 0, 1, 0)
+    """Motors of each tomogram, in turn; of those that are not trained on half have none."""
+
+    signal_to_noise: float = 1.2
+    clutter: float = 2.0
+
+    frame: int = 160
+    box_angstrom: float = 1600.0
+    """About what the recipe's boxes, 100 pixels of a frame of 720, are of a public tomogram of 13.1 angstrom."""
+
+    backbone: str = "resnet18"
+    neck_channels: int = 256
+    head_channels: int = 64
+    epochs: int = 8
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    slices_per_motor: int = 4
+
+    @property
+    def parts(self) -> dict[Part, int]:
+        """Tomograms of each part."""
+        return dict(zip(SEEDS, self.tomograms, strict=True))
+
+    @property
+    def box_pixels(self) -> float:
+        """How large a box is in a frame of the first of the spacings."""
+        return self.box_angstrom / self.seen_spacings[0] * self.frame / self.shape[-1]
+
+    @property
+    def key(self) -> str:
+        """A short name: equal for equal sizes."""
+        return short_hash(asdict(self))
+
+
+class Archive(NamedTuple):
+    """Tomograms and what is known of them."""
+
+    manifest: pa.Table
+    labels: Labels
+
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Settings by group and name."""
+
+
+def settings_of(sizes: Sizes, seed: int, changes: Changes) -> RunSettings:
+    """The recipe at these sizes, with `changes` by group: the repository's own but for the backbone and the frame.
+
+    Every row starts from random weights, for none may have seen images that others have not.
+    """
+    values: dict[str, dict[str, Any]] = {
+        "frame": {"size": sizes.frame},
+        "targets": {"box_pixels": sizes.box_pixels, "box_angstrom": sizes.box_angstrom},
+        "model": {
+            "backbone": sizes.backbone,
+            "pretrained": "none",
+            "neck_channels": sizes.neck_channels,
+            "head_channels": sizes.head_channels,
+        },
+        "augment": {"flips": True, "rotation_degrees": 180, "translation_pixels": 10},
+        "train": {
+            "epochs": sizes.epochs,
+            "batch_size": sizes.batch_size,
+            "learning_rate": sizes.learning_rate,
+            "scale_learning_rate": "no",
+            "slices_per_motor": sizes.slices_per_motor,
+            "seed": seed,
+        },
+        # Low, so that an average precision has its whole curve, and linking all that there is.
+        "detect": {"score_threshold": 0.02, "exhaustive": True},
+    }
+    return settings_from(merged(values, changes), "bench accuracy")
+
+
+def merged(settings: Changes, changes: Changes) -> dict[str, dict[str, Any]]:
+    """`settings` with `changes`."""
+    return {group: {**settings.get(group, {}), **changes.get(group, {})} for group in {**settings, **changes}}
+
+
+def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
+    """The tomograms of a part; those that are not in the folder `work` yet are simulated there."""
+    spacings = sizes.seen_spacings + (sizes.unseen_spacings if part == "test" else ())
+    each, rest = divmod(sizes.parts[part], len(spacings))
+    folder = work / "archives" / archive_key(sizes)
+    groups = []
+    for place, spacing in enumerate(spacings):
+        where = folder / part / f"{spacing:g}"
+        counts = sizes.train_counts if part == "train" else sizes.motor_counts
+        motors = list(itertools.islice(itertools.cycle(counts), each + (place < rest)))
+        _simulate(where, motors, SEEDS[part] + place, spacing, sizes)
+        labels = read_labels(str(where / "train_labels.csv"))
+        groups.append(
+            Archive(with_labelled_spacing(make_manifest(str(where / "train"), ArchiveSettings()), labels), labels)
+        )
+    tables = [pd.concat(rows, ignore_index=True) for rows in zip(*map(_tables, groups), strict=True)]
+    return Archive(pa.concat_tables([one.manifest for one in groups]).sort_by("tomo_id"), Labels(*tables))
+
+
+def archive_key(sizes: Sizes) -> str:
+    """A short name: equal for sizes that make the same tomograms."""
+    trained = ("frame", "box_angstrom", "backbone", "neck_channels", "head_channels")
+    budget = ("epochs", "batch_size", "learning_rate", "slices_per_motor")
+    return short_hash({name: value for name, value in asdict(sizes).items() if name not in trained + budget})
+
+
+def short_hash(value: Any) -> str:
+    """A short name for what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _tables(one: Archive) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return one.labels.tomograms, one.labels.motors
+
+
+def _simulate(where: Path, motor_counts: list[int], seed: int, spacing: float, sizes: Sizes) -> None:
+    """Simulate beside `where`, then rename: what is there is whole."""
+    if where.exists():
+        return
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".simulating-", dir=where.parent) as fresh:
+        simulate_archive(
+            fresh,
+            len(motor_counts),
+            seed,
+            sizes.shape,
+            voxel_spacing_angstrom=spacing,
+            motor_counts=motor_counts,
+            settings=SimulationSettings(signal_to_noise=sizes.signal_to_noise, clutter=sizes.clutter),
+            processes=min(cores(), max(len(motor_counts) // TOMOGRAMS_PER_PROCESS, 1)),
+        )
+        whole = Path(fresh) / "whole"
+        whole.mkdir()
+        for name in ("train", "train_labels.csv"):
+            shutil.move(Path(fresh) / name, whole / name)
+        whole.rename(where)

@@ -1,0 +1,94 @@
+"""The contestants of the accuracy benchmark, as data: what differs from the seed's model, and what each needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, short_hash
+from motor_ray.errors import ConfigError
+
+Training = Literal["ours", "retinanet", "fcos", "yolo"]
+
+Role = Literal["seed", "peer", "single", "light", "ensemble"]
+
+PEERS = ("retinanet", "fcos", "yolo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table."""
+
+    title: str
+    role: Role
+    what: str
+    """For the reader: what it is."""
+
+    training: Training = "ours"
+    changes: Changes = field(default_factory=dict)
+    """Settings that differ from the seed's model's."""
+
+
+ROWS: dict[str, Row] = {
+    "plain": Row(
+        title="plain CenterNet",
+        role="peer",
+        what="one transposed-convolution neck of stride 4, focal loss, L1 for size and offset, and nothing else: no "
+        "GIoU, no presence; the same frames",
+        changes={"model": {"neck": "deconvolution"}, "loss": {"giou_weight": 0.0, "presence_weight": 0.0}},
+    ),
+    "retinanet": Row(
+        title="RetinaNet",
+        role="peer",
+        training="retinanet",
+        what="torchvision's, on the same backbone",
+        changes={"train": {"learning_rate": 3e-4}},
+    ),
+    "fcos": Row(
+        title="FCOS",
+        role="peer",
+        training="fcos",
+        what="torchvision's, on the same backbone",
+        changes={"train": {"learning_rate": 3e-4}},
+    ),
+    "yolo": Row(title="YOLOv8s", role="peer", training="yolo", what="ultralytics' network and loss"),
+    "seed": Row(title="seed's model", role="seed", what="the repository's defaults, on the backbone of all rows"),
+    "seed-101": Row(
+        title="seed's model, ResNet-101",
+        role="seed",
+        what="the repository's defaults, backbone included: what the light one is measured by",
+        changes={"model": {"backbone": "resnet101"}},
+    ),
+    "light": Row(
+        title="light",
+        role="light",
+        what="a separable neck and heads of half the channels",
+        changes={"model": {"neck": "light"}},
+    ),
+    "slices": Row(
+        title="+ 2.5-D",
+        role="single",
+        what="sees the slices about 40 angstrom below and above, too",
+        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}},
+    ),
+    "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
+    "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
+}
+"""In the order of the table."""
+
+
+def key_of(name: str, seed: int, sizes: Sizes) -> str:
+    """Equal for a row and seed of which the result is the same."""
+    row = ROWS[name]
+    return short_hash([sizes.key, name, row.training, merged({}, row.changes), seed])
+
+
+def chosen(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The rows of these names in the table's order, all without any. Raises ConfigError for an unknown one."""
+    if unknown := sorted(set(names) - set(ROWS)):
+        raise ConfigError(f"--parts {unknown[0]}: bench accuracy has the rows {', '.join(ROWS)}")
+    return tuple(name for name in ROWS if name in names or not names)
+
+
+def as_json(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """What the rows are, for the report."""
+    return {name: {"title": row.title, "role": row.role, "what": row.what} for name, row in rows.items()}

@@ -1,0 +1,190 @@
+"""One row of the accuracy benchmark with one seed, in a process of its own; or the speed of all that are done.
+
+python -m motor_ray.bench.accuracy_run JOB.json
+
+In WORK/rows/<sizes>/<row>-<seed>/ appear best/ or a peer's weights, validation/ and test/, which are finished runs, and
+result.json, last.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from motor_ray.archive.plan import slab_of
+from motor_ray.bench.accuracy_archives import Archive, Sizes, archive, settings_of
+from motor_ray.bench.accuracy_peers import PeerLooker, PeerTrainee, load_peer
+from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, key_of
+from motor_ray.bench.accuracy_scores import best_table, best_threshold, look_over, scores_of
+from motor_ray.bench.accuracy_training import Ours, Trainee, best_of, data_of, fit
+from motor_ray.bench.timing import machine, time_in_turn
+from motor_ray.config import RunSettings
+from motor_ray.detector.checkpoint import load_checkpoint
+from motor_ray.detector.looks import Looker
+from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.scoring import Looking
+from motor_ray.motors.metrics import count_tomograms
+from motor_ray.storage import read_json, write_json
+
+RUNS = 30
+"""Slices that are timed of each contestant, in turn."""
+
+
+class Job(NamedTuple):
+    """A row and a seed."""
+
+    work: Path
+    name: str
+    seed: int
+    sizes: Sizes
+
+    @property
+    def row(self) -> Row:
+        """What it is."""
+        return ROWS[self.name]
+
+    @property
+    def settings(self) -> RunSettings:
+        """Of its training, and of how it looks."""
+        return settings_of(self.sizes, self.seed, self.row.changes)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of it is."""
+        return self.work / "rows" / self.sizes.key / f"{self.name}-{self.seed}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What came of it, None if it is not done or was done with other settings."""
+        file = self.folder / "result.json"
+        there = read_json(str(file)) if file.exists() else {}
+        return there if there.get("key") == key_of(self.name, self.seed, self.sizes) else None
+
+
+def run_row(job: Job) -> dict[str, Any]:
+    """Train, look at all slices of validation and test, score; what result.json says."""
+    started, settings = time.process_time(), job.settings
+    train, validation, test = (archive(job.work, part, job.sizes) for part in ("train", "validation", "test"))
+    data = data_of(job.work, train, validation, settings)
+    history = fit(trainee_of(job, data), settings)
+    trained = time.process_time()
+    look = looking_of(job)
+    for part, where in (("validation", validation), ("test", test)):
+        look_over(where, look, settings, job.folder / part)
+    runs = job.folder / "validation", job.folder / "test"
+    return {
+        "key": key_of(job.name, job.seed, job.sizes),
+        "row": job.name,
+        "seed": job.seed,
+        "simulated": True,
+        "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
+        "validation": {"f2": validation_f2(runs[0], validation), **slices_of(best_of(history))},
+        "parameters": parameters_of(job),
+        "training_images": len(data.train) * settings.train.epochs,
+        "train_cpu_seconds": round(trained - started, 1),
+        "look_cpu_seconds": round(time.process_time() - trained, 1),
+        "history": [slices_of(line) for line in history],
+    }
+
+
+def slices_of(line: dict[str, Any]) -> dict[str, Any]:
+    """What matters of a validation on slices."""
+    return {name: line[name] for name in ("epoch", "mAP@0.5", "mAP@0.7", "mAP@0.9")}
+
+
+def validation_f2(run: Path, archive: Archive) -> float | None:
+    """The best F2 on validation tomograms: by which the best of our rows is chosen."""
+    best = best_table(run, archive.labels)
+    return count_tomograms(best, best_threshold(best), 1000.0).f_beta(2)
+
+
+def trainee_of(job: Job, data: Any) -> Trainee:
+    """The detector that the row trains."""
+    if job.row.training in PEERS:
+        return PeerTrainee(job.row.training, job.settings, data, job.folder)
+    return Ours(job.settings, data, job.folder)
+
+
+def looking_of(job: Job, *, precise: bool = True) -> Looking:
+    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`."""
+    detect = job.settings.detect
+    if job.row.training in PEERS:
+        peer = load_peer(job.row.training, job.settings, job.folder)
+        return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
+    return Looker(str(job.folder / "best"), detect, threads=1, compiled="off")
+
+
+def parameters_of(job: Job) -> int:
+    """Numbers that the row's detector learned."""
+    if job.row.training in PEERS:
+        network: torch.nn.Module = load_peer(job.row.training, job.settings, job.folder)
+    else:
+        network = load_checkpoint(job.folder / "best")
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
+    """CPU milliseconds per slice of the trained detectors of `jobs`, on one thread, in turn.
+
+    A peer counts with the faster of float32 and bfloat16.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    for job in jobs:
+        image = test_image(job)
+        ways = (True, False) if job.row.training in PEERS else (True,)
+        for precise in ways:
+            look = looking_of(job, precise=precise)
+            calls[f"{job.name} {precise}"] = lambda look=look, image=image: look(image)  # type: ignore[misc]
+    seconds = time_in_turn(calls, RUNS)
+    milliseconds: dict[str, float] = {}
+    for name, value in seconds.items():
+        row = name.split()[0]
+        milliseconds[row] = round(min(1000 * value, milliseconds.get(row, np.inf)), 3)
+    return {"milliseconds": milliseconds, "machine": machine(torch.device("cpu"))}
+
+
+def test_image(job: Job) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """``(1, channels, size, size)``: the middle slice of the first test tomogram as the row's detector takes it."""
+    row = archive(job.work, "test", job.sizes).manifest.to_pylist()[0]
+    loaded = LoadSlab(job.settings).load(slab_of(row, [row["size_z"] // 2]))
+    frames: np.ndarray[Any, np.dtype[np.uint8]] = loaded["frames"][loaded["channels"]][None, :, 0]
+    return frames
+
+
+def as_json(jobs: Sequence[Job], what: str) -> dict[str, Any]:
+    """What `main` is told."""
+    return {
+        "what": what,
+        "work": str(jobs[0].work),
+        "sizes": asdict(jobs[0].sizes),
+        "jobs": [[job.name, job.seed] for job in jobs],
+    }
+
+
+def from_json(said: dict[str, Any]) -> list[Job]:
+    """The inverse of `as_json`."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()}
+    return [Job(Path(said["work"]), name, seed, Sizes(**values)) for name, seed in said["jobs"]]
+
+
+def main(path: str) -> None:
+    """Do what the file `path` says, and write what came of it where it says."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    torch.set_num_threads(1)
+    said = read_json(path)
+    jobs = from_json(said)
+    if said["what"] == "speed":
+        write_json(said["out"], measure_speed(jobs))
+        return
+    [job] = jobs
+    write_json(str(job.folder / "result.json"), run_row(job))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

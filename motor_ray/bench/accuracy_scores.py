@@ -1,0 +1,131 @@
+"""How good a detector is on whole tomograms: the same tables, linking and metrics for every contestant.
+
+A detector is a function from images to looks; what it says of an archive is written as a run of `motor-ray detect`,
+without Ray, so that whatever reads such runs reads these.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from motor_ray.archive.labels import Labels
+from motor_ray.archive.plan import make_plan
+from motor_ray.bench.accuracy_archives import Archive
+from motor_ray.config import EvaluateSettings, RunSettings
+from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.scoring import Looking, ScoreFrames
+from motor_ray.errors import UnfinishedError
+from motor_ray.motors.link import link_slabs
+from motor_ray.motors.metrics import best_motors, count_tomograms
+from motor_ray.results import evaluate_run
+from motor_ray.storage import read_table, write_json, write_table
+from motor_ray.tables import FAILURES, SLABS
+
+RECALL = 0.9
+"""At which false positives are counted."""
+
+
+class Scorer(ScoreFrames):
+    """ScoreFrames with any detector in it."""
+
+    def __init__(self, settings: RunSettings, look: Looking) -> None:
+        self._begin(settings, look, None)
+
+
+def look_over(archive: Archive, look: Looking, settings: RunSettings, out: Path) -> None:
+    """Look at every slice of an archive and link what is seen; written to the folder `out` as a finished run.
+
+    Raises UnfinishedError if a slice could not be looked at.
+    """
+    rows = archive.manifest.to_pylist()
+    plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.slab_slices)
+    load, score = LoadSlab(settings), Scorer(settings, look)
+    slabs = pa.concat_tables([score(load(plan.slice(place, 1))) for place in range(len(plan))])
+    statuses = set(slabs["slices"].combine_chunks().flatten().field("status").to_pylist())
+    if statuses != {"ok"}:
+        raise UnfinishedError(f"{out}: slices are {', '.join(sorted(statuses - {'ok'}))}; the benchmark needs all")
+    write_run(out, archive, plan, slabs, settings)
+
+
+def write_run(out: Path, archive: Archive, plan: pa.Table, slabs: pa.Table, settings: RunSettings) -> None:
+    """Write what `motor-ray detect` writes, run.json last."""
+    tables = {
+        "tomograms": archive.manifest,
+        "plan": plan,
+        "slabs/all": slabs.cast(SLABS),
+        "motors": link_slabs(slabs, archive.manifest, settings.link),
+        "failures": FAILURES.empty_table(),
+    }
+    for name, table in tables.items():
+        write_table(table, str(out / f"{name}.parquet"))
+    write_json(str(out / "run.json"), {"status": "done", "settings": settings.model_dump(mode="json")})
+
+
+def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unseen: Iterable[float]) -> dict[str, Any]:
+    """All scores of a detector on the test, at the threshold that is best on validation.
+
+    `validation` and `test` are finished runs, `labels` those of the two archives, `unseen` the voxel spacings that
+    training did not see: mAP@0.5 and F2 are told for those alone as well.
+    """
+    threshold = best_threshold(best_table(validation, labels[0]))
+    settings = EvaluateSettings(threshold=threshold)
+    said = evaluate_run(str(test), labels[1], settings)
+    tomograms, motors = said["tomograms"], said["motors"]
+    best = best_table(test, labels[1])
+    strange = labels[1].tomograms.loc[labels[1].tomograms["voxel_spacing_angstrom"].isin(list(unseen)), "tomo_id"]
+    far = count_tomograms(best[best["tomo_id"].isin(strange)], threshold, settings.radius_angstrom)
+    return {
+        **{name: said["slices"][name] for name in ("mAP@0.5", "mAP@0.7", "mAP@0.9")},
+        **{name: tomograms[name] for name in ("f2", "precision", "recall")},
+        "f2_unseen_spacings": far.f_beta(2),
+        "localisation_error_angstrom": motors["localisation_error_angstrom_median"],
+        "false_positives_at_recall": false_positives(motors_of(test), best, RECALL, settings.radius_angstrom),
+        "threshold": threshold,
+    }
+
+
+def motors_of(run: Path) -> pd.DataFrame:
+    """The MOTORS of a run."""
+    return read_table(str(run / "motors.parquet")).to_pandas()
+
+
+def best_table(run: Path, labels: Labels) -> pd.DataFrame:
+    """One row per tomogram, see `best_motors`."""
+    return best_motors(motors_of(run), labels.motors, labels.tomograms)
+
+
+def best_threshold(best: pd.DataFrame, radius_angstrom: float = EvaluateSettings().radius_angstrom) -> float:
+    """The score from which to say "motor" for the highest F2 on the table of `best_motors`.
+
+    Scores between two of the table's do equally well; the middle is taken, for either end is as near to a worse
+    threshold as can be.
+    """
+    scores = np.unique(best["score"].dropna().to_numpy(dtype=float))[::-1]
+    edges = np.concatenate([[1.0], scores, [0.0]])
+    middles = (edges[:-1] + edges[1:]) / 2
+    values = [count_tomograms(best, middle, radius_angstrom).f_beta(2) or 0.0 for middle in middles.tolist()]
+    first = int(np.argmax(values))
+    last = first
+    while last + 1 < len(values) and values[last + 1] == values[first]:
+        last += 1
+    return float((edges[first] + edges[last + 1]) / 2)
+
+
+def false_positives(motors: pd.DataFrame, best: pd.DataFrame, recall: float, radius_angstrom: float) -> float | None:
+    """Motors found in each tomogram without one, on average, at the highest threshold with that recall of tomograms.
+
+    `motors` are a run's, `best` is the table of `best_motors`. None if no threshold gives it, or if there is none of
+    either kind of tomogram.
+    """
+    empty = best.loc[~best["has_motor"], "tomo_id"]
+    near = best["has_motor"] & (best["distance_angstrom"] <= radius_angstrom)
+    hits = np.sort(best.loc[near, "score"].to_numpy(dtype=float))[::-1]
+    wanted = int(np.ceil(recall * best["has_motor"].sum()))
+    if not wanted or len(hits) < wanted or empty.empty:
+        return None
+    said = motors["tomo_id"].isin(empty) & (motors["score"] >= hits[wanted - 1])
+    return float(said.sum() / len(empty))

@@ -1,0 +1,244 @@
+"""The accuracy benchmark: what it compares, by which threshold, and what it does not do twice."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from motor_ray.bench import accuracy
+from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, settings_of
+from motor_ray.bench.accuracy_figure import accuracy_figure
+from motor_ray.bench.accuracy_peers import MARGIN, _Unclipped, build_peer, from_corners, narrow, to_corners
+from motor_ray.bench.accuracy_rows import ROWS, chosen, key_of
+from motor_ray.bench.accuracy_run import Job, as_json, from_json
+from motor_ray.bench.accuracy_scores import best_threshold, false_positives
+from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
+from motor_ray.cli import main
+from motor_ray.errors import UnfinishedError
+from motor_ray.motors.metrics import count_tomograms
+
+TINY = Sizes(
+    shape=(24, 96, 96),
+    tomograms=(4, 4, 8, 4),
+    seen_spacings=(16.0,),
+    unseen_spacings=(19.7,),
+    signal_to_noise=3.0,
+    clutter=0.5,
+    frame=64,
+    box_angstrom=600.0,
+    neck_channels=16,
+    head_channels=8,
+    epochs=1,
+)
+
+
+def result_of(name, seed, f2, **scores):
+    usual = dict.fromkeys(("mAP@0.5", "mAP@0.7", "mAP@0.9", "precision", "recall", "f2_unseen_spacings"), 0.5)
+    usual |= {"f2": f2, "localisation_error_angstrom": 40.0, "false_positives_at_recall": 0.25}
+    return {
+        "row": name,
+        "seed": seed,
+        "scores": usual | scores,
+        "validation": {"f2": f2},
+        "parameters": 2_500_000,
+        "training_images": 4096,
+    }
+
+
+def best_of(rows):
+    """A table as `best_motors` gives it, of (has a motor, score, distance)."""
+    return pd.DataFrame(
+        [(f"tomo_{place}", *row) for place, row in enumerate(rows)],
+        columns=["tomo_id", "has_motor", "score", "distance_angstrom"],
+    )
+
+
+tomograms = st.lists(
+    st.tuples(st.booleans(), st.sampled_from([np.nan, 0.1, 0.2, 0.3, 0.5, 0.9]), st.sampled_from([10.0, 2000.0])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(tomograms)
+def test_no_threshold_has_a_higher_f2_than_the_one_that_is_chosen(rows):
+    best = best_of(rows)
+    chosen_one = count_tomograms(best, best_threshold(best), 1000.0).f_beta(2) or 0.0
+    others = [count_tomograms(best, step / 100, 1000.0).f_beta(2) or 0.0 for step in range(101)]
+    assert chosen_one >= max(others)
+
+
+def test_the_threshold_lies_midway_between_what_must_be_said_and_what_must_not():
+    best = best_of([(True, 0.8, 10.0), (True, 0.6, 10.0), (False, 0.2, np.nan), (False, np.nan, np.nan)])
+    assert best_threshold(best) == pytest.approx(0.4)
+
+
+def test_false_positives_are_counted_where_nine_in_ten_tomograms_are_found():
+    found = [(True, 0.9 - 0.05 * place, 10.0) for place in range(10)]  # the ninth scores 0.5, the tenth 0.45
+    best = best_of([*found, (False, 0.6, np.nan), (False, 0.47, np.nan), (False, np.nan, np.nan), (False, 0.2, np.nan)])
+    motors = pd.DataFrame({"tomo_id": ["tomo_10", "tomo_10", "tomo_11", "tomo_0"], "score": [0.6, 0.55, 0.47, 0.3]})
+    assert false_positives(motors, best, 0.9, 1000.0) == 2 / 4
+    assert false_positives(motors, best, 1.0, 1000.0) == 3 / 4
+
+
+def test_a_recall_that_is_never_reached_has_no_false_positives():
+    best = best_of([(True, 0.9, 10.0), (True, 0.8, 5000.0), (False, 0.1, np.nan)])
+    assert false_positives(pd.DataFrame({"tomo_id": [], "score": []}), best, 0.9, 1000.0) is None
+
+
+@given(st.lists(st.tuples(*[st.floats(1, 100)] * 4), max_size=5))
+def test_boxes_come_back_from_corners(boxes):
+    boxes = np.array(boxes).reshape(-1, 4)
+    np.testing.assert_allclose(from_corners(to_corners(boxes)), boxes, atol=1e-4)
+
+
+def test_a_pixels_edges_lie_half_a_pixel_from_its_index():
+    assert to_corners(np.array([[0.0, 2.0, 1.0, 1.0]])).tolist() == [[2.0, 0.0, 3.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos", "yolo"])
+def test_all_of_a_peer_learns_from_a_batch_in_which_a_frame_shows_nothing(name):
+    if name == "yolo":
+        pytest.importorskip("ultralytics")
+    peer = build_peer(name, settings_of(TINY, 1, {})).train()
+    images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    truth = [to_corners(np.array([[30.0, 40.0, 24.0, 24.0]])), to_corners(np.empty((0, 4)))]
+    with narrow():
+        loss = peer.loss(images, truth)
+    loss.backward()
+    assert loss.isfinite()
+    learned = [parameter.grad for parameter in peer.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in learned)
+    with torch.no_grad():
+        found = peer.eval().find(images, 0.0, 3)
+    assert [len(one.scores) <= 3 and one.corners.shape == (len(one.scores), 4) for one in found] == [True, True]
+
+
+def test_boxes_of_peers_may_reach_beyond_the_frame():
+    class Cut:
+        def postprocess_detections(self, _, anchors, shapes):
+            height, width = shapes[0]
+            boxes = anchors[0][0].clone()
+            boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+            boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+            return [{"boxes": boxes}]
+
+    class Peer(_Unclipped, Cut):
+        pass
+
+    beyond = torch.tensor([[-20.0, -5.0, 30.0, 90.0]])
+    [found] = Peer().postprocess_detections({}, [[beyond]], [(64, 64)])
+    torch.testing.assert_close(found["boxes"], beyond, atol=1e-3, rtol=0)
+    assert MARGIN > 64
+
+
+def test_the_table_says_mean_and_deviation_and_that_it_is_simulated():
+    results = [result_of("seed", 420, 0.8), result_of("seed", 421, 0.9), result_of("fcos", 420, 0.7, recall=None)]
+    table = markdown(lines_of(results, {"seed": 20.0, "fcos": 50.0}))
+    fcos, seed = table.splitlines()[2:4]
+    assert seed.startswith("| seed's model |")
+    assert "| 0.850 ± 0.071 |" in seed
+    assert seed.endswith("| 20.0 | 1.00 | 2.5 M | 4,096 | 2 |")
+    assert "| 0.700 |" in fcos
+    assert "| - |" in fcos
+    assert "| 50.0 | 2.50 |" in fcos
+    assert "Simulated" in table
+
+
+def test_our_best_model_is_chosen_by_validation_and_compared_with_the_best_peer():
+    results = [result_of(name, seed, f2) for name, seed, f2 in [("seed", 1, 0.8), ("seed", 2, 0.82), ("fcos", 1, 0.7)]]
+    asked = requirements(lines_of(results, {"seed": 1.0}))
+    assert asked["single_over_peers_f2"]["figure"] == pytest.approx(
+        (0.81 - 0.7) / np.std([0.8, 0.82], ddof=1), abs=1e-3
+    )
+    assert asked["single_over_peers_f2"]["ok"]
+    assert not asked["false_positives"]["ok"]
+    assert "ensemble_gain" not in asked
+
+
+def test_a_picture_is_drawn_of_what_there_is(tmp_path):
+    results = [result_of("seed", 420, 0.8), result_of("seed", 421, 0.9), result_of("fcos", 420, 0.7)]
+    accuracy_figure(str(tmp_path / "a.png"), lines_of(results, {"seed": 20.0, "fcos": 21.0}))
+    accuracy_figure(str(tmp_path / "b.png"), lines_of(results, {}))
+    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 0
+
+
+def test_every_row_starts_from_random_weights_and_has_the_same_budget():
+    for row in ROWS.values():
+        settings = settings_of(Sizes(), 420, row.changes)
+        assert settings.model.pretrained == "none"
+        for name in ("epochs", "batch_size", "slices_per_motor", "negatives_per_positive", "empty_share"):
+            assert getattr(settings.train, name) == getattr(settings_of(Sizes(), 420, {}).train, name)
+
+
+def test_results_of_other_seeds_rows_and_sizes_have_other_keys():
+    keys = {key_of(name, seed, sizes) for name in ROWS for seed in (1, 2) for sizes in (Sizes(), TINY)}
+    assert len(keys) == len(ROWS) * 4
+    assert key_of("seed", 1, Sizes()) == key_of("seed", 1, Sizes())
+
+
+def test_jobs_survive_json(tmp_path):
+    jobs = [Job(tmp_path, "seed", 420, TINY), Job(tmp_path, "fcos", 421, TINY)]
+    assert from_json(json.loads(json.dumps(as_json(jobs, "row")))) == jobs
+
+
+def test_unknown_rows_are_refused_and_none_means_all(capsys):
+    assert chosen(()) == tuple(ROWS)
+    assert chosen(("seed", "plain")) == ("plain", "seed")
+    assert main(["bench", "accuracy", "--parts", "seeds"]) == 2
+    assert "--parts seeds: bench accuracy has the rows plain, retinanet" in capsys.readouterr().err
+    assert main(["bench", "model", "--seeds", "2"]) == 2
+
+
+def test_what_is_done_is_not_done_again_and_a_failure_leaves_it(tmp_path, monkeypatch):
+    asked, shown = [], []
+
+    def run(_, said, folder, title):
+        asked.append(title)
+        if "FCOS" in title:
+            raise UnfinishedError("no memory")
+        [job] = from_json(said)
+        text = json.dumps(result_of(job.name, job.seed, 0.5) | {"key": key_of(job.name, job.seed, TINY)})
+        (folder / "result.json").write_text(text)
+
+    monkeypatch.setattr(accuracy.Crew, "run", run)
+    monkeypatch.setattr(accuracy, "archive", lambda *_: None)
+    monkeypatch.setattr(accuracy, "report", lambda work, sizes: shown.append(accuracy.done_jobs(work, sizes)) or {})
+    with pytest.raises(UnfinishedError, match="no memory"):
+        accuracy.bench_accuracy(("seed", "plain", "fcos"), str(tmp_path), seeds=1, sizes=TINY)
+    assert asked == ["plain CenterNet, seed 420", "FCOS, seed 420"]
+    accuracy.bench_accuracy(("seed", "plain"), str(tmp_path), seeds=2, sizes=TINY)
+    assert sorted(asked) == [
+        "FCOS, seed 420",
+        *(f"{ROWS[n].title}, seed {s}" for n in ("plain", "seed") for s in (420, 421)),
+    ]
+    assert {(job.name, job.seed) for job in shown[0]} == {(n, s) for n in ("plain", "seed") for s in (420, 421)}
+
+
+def test_the_test_has_spacings_that_training_has_not_and_no_tomogram_is_in_two_parts(tmp_path):
+    small = Sizes(shape=(12, 48, 48), tomograms=(2, 2, 4, 2), clutter=0.0, train_counts=(1, 0), motor_counts=(1, 0))
+    parts = {part: archive(tmp_path, part, small) for part in SEEDS}
+    names = [name for one in parts.values() for name in one.manifest["tomo_id"].to_pylist()]
+    assert len(names) == len(set(names)) == 10
+    assert set(parts["train"].manifest["voxel_spacing_angstrom"].to_pylist()) == set(small.seen_spacings)
+    assert set(parts["test"].labels.tomograms["voxel_spacing_angstrom"]) == {13.1, 16.0, 19.7, 22.5}
+    again = archive(tmp_path, "test", small)
+    assert again.manifest.equals(parts["test"].manifest)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_rows_are_trained_scored_timed_and_drawn(tmp_path):
+    said = accuracy.bench_accuracy(("seed", "retinanet"), str(tmp_path), seeds=1, processes=2, sizes=TINY)
+    assert [row["name"] for row in said["rows"]] == ["retinanet", "seed"]
+    assert all(row["milliseconds"] > 0 for row in said["rows"])
+    assert "imulated" in said["simulated"]
+    for name in ("accuracy.json", "accuracy.md", "accuracy.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("rows/*/*/result.json")}
+    accuracy.bench_accuracy(("seed",), str(tmp_path), seeds=1, sizes=TINY)
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("rows/*/*/result.json")}
