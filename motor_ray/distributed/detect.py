@@ -32,6 +32,7 @@ from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.progress import Board, News, watched
 from motor_ray.distributed.scoring import ScoreFrames
+from motor_ray.distributed.sharing import require_shared
 from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.second_look import second_look
 from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json
@@ -55,7 +56,8 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     run.json. A run that broke off is gone on with; a finished one with the same settings, model and manifest is
     returned as it is; an `out` with another is refused (RunError). `unusable` are FAILURES that came to light before,
     of tomograms that are not in `manifest`; if there are no others, ManifestError says why. Raises RunError if the
-    cluster can never run it, UnfinishedError if it broke or its counts do not add up.
+    cluster can never run it or its nodes do not see the same files, UnfinishedError if it broke or its counts do not
+    add up.
     """
     check_usable(manifest, unusable)
     model, out, manifest = absolute(model), absolute(out), manifest.sort_by("tomo_id")
@@ -70,6 +72,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
         job = Job(out, model, manifest, settings, run)
+        require_shared([manifest["uri"][0].as_py(), model], out)
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
