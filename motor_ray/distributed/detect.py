@@ -161,7 +161,12 @@ class Job:
         tally = Tally(self.manifest, places.plan, done)
         if name in self.run["looks"] and not tally.left:
             return
-        self.pools = self._pools()
+        try:
+            self.pools = self._pools()
+        except RunError as error:  # of what was there at the start not enough is left
+            raise UnfinishedError(
+                f"{self.out}: stopped before the {name}: {error}; run the same command again"
+            ) from None
         load_seconds = self._score(name, places, done, tally) if tally.left else 0.0
         self.run["looks"][name] = tally.summary(load_seconds, self.pools)
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})

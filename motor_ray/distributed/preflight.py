@@ -125,21 +125,22 @@ def _require(room: Room) -> None:
                 f"{least / unit:.3g}; {remedy}"
             )
     if not _most_scorers(room):
-        scorer, loader = (
-            f"{asked['CPU']:g} CPU, "
-            + ("1 GPU, " if asked.get("GPU") else "")
-            + f"{asked['memory'] / 1e9:g} GB of memory"
-            for asked in (_scorer(room), LOADER)
-        )
         raise RunError(
-            f"the cluster has enough in all, but not on the same node: one needs {scorer} for a scorer, and it or "
-            f"another {loader} for a loader; add larger nodes, or state what there is (ray start --memory)"
+            f"the cluster has enough in all, but not on the same node: one needs {_said(_scorer(room))} for a scorer, "
+            f"and it or another {_said(LOADER)} for a loader; add larger nodes, or state what there is (ray start "
+            "--memory)"
         )
+
+
+def _said(taken: Mapping[str, float]) -> str:
+    """What an actor takes, in words."""
+    units = {"CPU": (1, "CPU"), "GPU": (1, "GPU"), "memory": (1e9, "GB of memory")}
+    return ", ".join(f"{taken[name] / unit:g} {what}" for name, (unit, what) in units.items() if taken.get(name))
 
 
 def _scorer(room: Room) -> dict[str, float]:
-    """What a scorer takes of one node."""
-    return {"CPU": 1, "GPU": min(room.gpus, 1), "memory": SCORER_BYTES}
+    """What a scorer takes of one node; beside a GPU it is content with what is left of the CPUs."""
+    return {"CPU": 0 if room.gpus else 1, "GPU": min(room.gpus, 1), "memory": SCORER_BYTES}
 
 
 def _most_scorers(room: Room) -> int:

@@ -88,7 +88,7 @@ def test_a_gpu_counts_where_there_is_memory_for_its_scorer():
     gpus = [{"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 2.0, "GPU": 4.0, "memory": 1e9}]
     room = Room(12, 5, 21 * 10**9, 10**10, [cpus, *gpus])
     assert plan_pools(room, DetectSettings())[:3] == (1, 8, 1)
-    with pytest.raises(RunError, match=r"1 CPU, 1 GPU, 1.5 GB of memory for a scorer"):
+    with pytest.raises(RunError, match=r"1 GPU, 1.5 GB of memory for a scorer"):
         plan_pools(room._replace(nodes=[cpus, gpus[1]]), DetectSettings())
 
 
@@ -108,7 +108,7 @@ def test_scorers_and_a_loader_that_are_planned_can_be_placed_on_the_nodes(nodes,
         pools = plan_pools(room, DetectSettings(scorers=scorers))
     except RunError:
         return
-    scorer = {"CPU": 1, "GPU": pools.gpus_per_scorer, "memory": SCORER_BYTES}
+    scorer = {"CPU": 1 - pools.gpus_per_scorer, "GPU": pools.gpus_per_scorer, "memory": SCORER_BYTES}
     with_loader = [
         [*nodes[:i], {name: number - LOADER.get(name, 0) for name, number in node.items()}, *nodes[i + 1 :]]
         for i, node in enumerate(nodes)

@@ -2,6 +2,7 @@
 
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from tests.distributed.killers import below, raylet_of, titled
 from tests.object_store import ObjectStore
 
 HEAD: dict[str, Any] = {"num_cpus": 0, "memory": 10**9, "include_dashboard": False}
-CPUS: dict[str, Any] = {"num_cpus": 3, "memory": 4 * 10**9}
-GPU: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "memory": 4 * 10**9}
+CPUS: dict[str, Any] = {"num_cpus": 5, "memory": 4 * 10**9}
+GPU: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "memory": 4 * 10**9}
 """What nodes say that they have; no GPU is behind that of the last."""
 
 POLL_SECONDS = 0.1
+SECONDS_TO_NOTICE = 60
 
 
 class Nodes:
@@ -38,9 +40,18 @@ class Nodes:
     def add(self, name: str, node: Mapping[str, Any]) -> None:
         self.workers[name] = self.cluster.add_node(**self._own_folder(node))
 
-    def lose(self, name: str) -> None:
-        """As if its cable was cut: nobody gets to say goodbye."""
-        self.cluster.remove_node(self.workers.pop(name), allow_graceful=False)
+    def lose(self, *names: str) -> None:
+        """As when the power fails: nobody gets to say goodbye, and Ray takes a while to notice."""
+        for name in names:
+            self.cluster.remove_node(self.workers.pop(name), allow_graceful=False)
+
+    def lose_all(self) -> None:
+        """Lose the workers; returns when Ray has noticed, so that nobody counts on them any more."""
+        self.lose(*self.workers)
+        ends = time.monotonic() + SECONDS_TO_NOTICE
+        while sum(node["Alive"] for node in self.cluster.global_state.node_table()) > 1:
+            assert time.monotonic() < ends
+            time.sleep(POLL_SECONDS)
 
     def at_work(self, name: str, *titles: str) -> bool:
         """Whether somebody of that title is on a node."""
@@ -94,8 +105,7 @@ def nodes(head: Nodes) -> Iterator[Nodes]:
     for name, node in {"cpus1": CPUS, "cpus2": CPUS, "gpu": GPU}.items():
         head.add(name, node)
     yield head
-    for name in list(head.workers):
-        head.lose(name)
+    head.lose_all()
 
 
 @pytest.fixture(scope="session")

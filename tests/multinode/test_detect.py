@@ -11,8 +11,8 @@ from tests.multinode.conftest import CPUS, GPU
 
 pytestmark = [pytest.mark.ray, pytest.mark.multinode, pytest.mark.timeout(480)]
 
-LOADERS = ["--detect.loaders", "8"]
-"""As many as there is room for, whatever the rates."""
+LOADERS = ["--detect.loaders", "3"]
+"""As many as there is room for, up to so many, whatever the rates."""
 
 
 def test_loaders_run_where_cpus_are_and_the_scorer_where_the_gpu_is(nodes, on_one_node, s3):
@@ -29,8 +29,9 @@ def test_loaders_run_where_cpus_are_and_the_scorer_where_the_gpu_is(nodes, on_on
 
 def test_a_node_that_comes_is_given_loaders(nodes, on_one_node, s3):
     """From the next look on; what is planned for a look stays."""
-    nodes.lose("cpus2")
-    nodes.add("more", CPUS | {"num_cpus": 1})  # without it there would be too few CPUs to begin
+    nodes.lose_all()
+    nodes.add("cpus", CPUS)
+    nodes.add("gpu", GPU)
     with (
         nodes.watched(LOADER) as seen,
         on_one_node.task.started(s3.folder(), *LOADERS, RAY_ADDRESS=nodes.address) as driver,
@@ -41,7 +42,7 @@ def test_a_node_that_comes_is_given_loaders(nodes, on_one_node, s3):
         on_one_node.equals(driver)
     looks = driver.state()["looks"]
     assert looks["first look"]["loaders"] == 1
-    assert looks["second look"]["loaders"] == 4
+    assert looks["second look"]["loaders"] == 3
     assert "late" in seen[LOADER]
 
 
@@ -57,6 +58,25 @@ def test_a_lost_node_changes_nothing(name, comes, seed, nodes, on_one_node, s3):
         assert struck(f"node {name}", driver, on_one_node) < on_one_node.slabs
         if comes:
             nodes.add("instead", comes)
+        on_one_node.equals(driver)
+
+
+def test_a_run_of_which_too_few_nodes_are_left_stops_and_is_gone_on_with_when_there_are_more(nodes, on_one_node, s3):
+    """With exit code 1, not 2: nothing was wrong with the command."""
+    nodes.lose_all()
+    few = CPUS | {"num_cpus": 3}
+    for name, node in {"few1": few, "few2": few, "gpu": GPU}.items():
+        nodes.add(name, node)
+    out = s3.folder()
+    with on_one_node.task.started(out, *LOADERS, RAY_ADDRESS=nodes.address) as driver:
+        far_enough(driver, 1)
+        nodes.lose("few1")
+        code, complaint = driver.result()
+        assert code == 1, complaint
+        assert "stopped before the second look: the cluster has 3 CPUs" in complaint
+        assert [*driver.state()["looks"]] == ["first look"]
+    nodes.add("few3", few)
+    with on_one_node.task.started(out, *LOADERS, RAY_ADDRESS=nodes.address) as driver:
         on_one_node.equals(driver)
 
 
@@ -88,8 +108,7 @@ def test_nodes_that_have_enough_only_together_are_refused_before_anything_is_wri
         with stored.started(out, RAY_ADDRESS=head.address) as driver:
             code, complaint = driver.result()
     finally:
-        for name in list(head.workers):
-            head.lose(name)
+        head.lose_all()
     assert code == 2, complaint
     assert "enough in all, but not on the same node" in complaint
     assert not exists(join(out, "run.json"))

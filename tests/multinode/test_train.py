@@ -45,8 +45,7 @@ def slots(head) -> Iterator[list[str]]:
     for name in names:
         head.add(name, SLOT)
     yield names
-    for name in list(head.workers):
-        head.lose(name)
+    head.lose_all()
 
 
 def test_workers_become_fewer_and_more_as_nodes_go_and_come_and_whole_tomograms_are_looked_at(head, slots, labelled):
