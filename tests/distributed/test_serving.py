@@ -205,6 +205,26 @@ def test_a_misspelt_setting_in_a_serve_file_is_refused(checkpoint):
         build({"serve": {"models": {"default": checkpoint}, "max_detector": 3}})
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"detector_cpus": 4}, "1 detectors are wanted, each of 4 CPUs and 0 GPUs of one node, .* nodes hold 0"),
+        ({"detector_cpus": 2, "min_detectors": 3, "max_detectors": 3}, "3 detectors .* nodes hold 2"),
+    ],
+)
+def test_detectors_that_no_node_can_hold_are_refused_though_all_together_could(flags, complaint, monkeypatch):
+    """Serve would wait for ever for such a node."""
+    from motor_ray.distributed import endpoint, serving
+    from motor_ray.errors import RunError
+    from motor_ray.service.settings import ServeSettings, ServiceSettings
+
+    monkeypatch.setattr(serving, "gpus", lambda: 0)
+    monkeypatch.setattr(endpoint, "possible_nodes", lambda: [{"CPU": 3.0}, {"CPU": 2.0}, {"memory": 1e9}])
+    with pytest.raises(RunError, match=f"serve.min_detectors: {complaint}"):
+        endpoint.require_detectors(ServiceSettings(serve=ServeSettings(**flags)))
+    endpoint.require_detectors(ServiceSettings(serve=ServeSettings(detector_cpus=2, min_detectors=2, max_detectors=8)))
+
+
 def test_the_serve_file_of_the_repository_is_what_its_own_settings_give():
     from motor_ray.distributed.serve_file import serve_file
     from motor_ray.service.settings import ServiceSettings
