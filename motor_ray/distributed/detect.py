@@ -32,7 +32,7 @@ from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.progress import Board, News, watched
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.distributed.sharing import require_shared
+from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.second_look import second_look
 from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json
@@ -72,7 +72,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: str, out: str, setting
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
         job = Job(out, model, manifest, settings, run)
-        require_shared([manifest["uri"][0].as_py(), model], out)
+        require_shared([first_tomogram(manifest), model], out)
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)

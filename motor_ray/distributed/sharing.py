@@ -9,12 +9,19 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from motor_ray.distributed.cluster import alive
 from motor_ray.errors import RunError
 from motor_ray.storage import join, remove, write_bytes
+
+
+def first_tomogram(manifest: pa.Table) -> str:
+    """What must be seen to read the first tomogram of a MANIFEST: a file, or of a stack of slices its folder."""
+    uri: str = manifest["uri"][0].as_py()
+    return uri.rpartition("/")[0] if "{z" in uri else uri
 
 
 def require_shared(inputs: Iterable[str], out: str) -> None:

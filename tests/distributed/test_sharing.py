@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 
+from motor_ray.archive.manifest import make_manifest
+from motor_ray.archive.simulate import simulate_archive
+from motor_ray.config import ArchiveSettings
 from motor_ray.distributed import sharing
-from motor_ray.distributed.sharing import require_shared
+from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.errors import RunError
 
 
@@ -33,6 +38,14 @@ def test_a_local_path_that_a_node_does_not_see_is_refused_with_the_node(asked, t
     with pytest.raises(RunError, match=rf"^{archive}: the node 10\.0\.0\.2 does not see .*object storage"):
         require_shared([f"{archive}", "s3://bucket/model"], "s3://bucket/out")
     assert asked == [[str(archive)]]
+
+
+@pytest.mark.parametrize("format", ["jpeg", "mrc", "zarr"])
+def test_what_is_asked_for_of_a_tomogram_is_there(format, tmp_path):
+    simulate_archive(str(tmp_path), 1, 1, (8, 64, 64), format, processes=1)
+    place = first_tomogram(make_manifest(str(tmp_path / "train"), ArchiveSettings()))
+    assert (tmp_path / "train") in Path(place).parents
+    assert Path(place).exists()
 
 
 def test_nodes_are_not_asked_for_what_this_process_does_not_see_itself(asked, tmp_path):
