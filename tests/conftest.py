@@ -33,9 +33,16 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
         yield ObjectStore(server)
 
 
+ON_REQUEST = {"slow", "multinode"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests unless the command line speaks of them, whatever else it chooses by."""
-    if "slow" not in config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    """Leave out what is run on request only unless the command line speaks of it, whatever else it chooses by."""
+    said = config.option.markexpr
+    left_out = [item for item in items if (marks := on_request(item)) and not any(mark in said for mark in marks)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def on_request(item: pytest.Item) -> set[str]:
+    return ON_REQUEST & {mark.name for mark in item.iter_markers()}

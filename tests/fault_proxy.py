@@ -54,18 +54,19 @@ def faulty(
     stalls: float = 0.0,
     truncations: float = 0.0,
     stall_seconds: float = 60.0,
+    host: str = "127.0.0.1",
 ) -> Iterator[Faulty]:
-    """A proxy before `endpoint` that fails these shares of the requests.
+    """A proxy before `endpoint` that listens at the address `host` and fails these shares of the requests.
 
     errors: 503 SlowDown; resets: RST before or within the answer; stalls: silence for `stall_seconds`; truncations:
     the answer ends half-way. Of an answer without a body, resets and truncations take all, after the server has acted.
     """
-    arguments = [endpoint, seed, errors, resets, stalls, truncations, stall_seconds]
+    arguments = [host, endpoint, seed, errors, resets, stalls, truncations, stall_seconds]
     command = [sys.executable, __file__, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout
-            yield Faulty(f"http://127.0.0.1:{int(process.stdout.readline())}")
+            yield Faulty(f"http://{host}:{int(process.stdout.readline())}")
         finally:
             process.kill()
 
@@ -188,10 +189,10 @@ def headers_of(head: bytes) -> Headers:
     return {name.lower(): value.strip() for name, value in lines}
 
 
-async def main(endpoint: str, seed: str, *numbers: str) -> None:
+async def main(host: str, endpoint: str, seed: str, *numbers: str) -> None:
     *shares, stall_seconds = map(float, numbers)
     proxy = Proxy(endpoint, int(seed), shares, stall_seconds)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=CHUNK, backlog=512)
+    server = await asyncio.start_server(proxy.serve, host, 0, limit=CHUNK, backlog=512)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

@@ -6,7 +6,6 @@ processes. A full-size tomogram, 300 x 960 x 928, needs some 8 GB of memory; 64 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from motor_ray.archive.imaging import SimulationSettings, image_specimen, to_gre
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels, write_labels
 from motor_ray.archive.volumes import Format, write_volume
 from motor_ray.errors import StorageError, TomogramError
+from motor_ray.machine import cores
 from motor_ray.storage import filesystem, reason
 
 Shape = tuple[int, int, int]
@@ -132,7 +132,7 @@ def simulate_archive(
         voxel_spacing_angstrom=voxel_spacing_angstrom,
         settings=settings,
     )
-    truths = _map(simulate, jobs, processes or os.cpu_count() or 1, progress or _quietly)
+    truths = _map(simulate, jobs, processes or cores(), progress or _quietly)
     labels = _labels(names, shape, truths)
     write_labels(labels, str(train.parent / "train_labels.csv"))
     return labels

@@ -1,8 +1,9 @@
 """Where a job runs: the cluster it was submitted to, or a Ray of its own on this machine."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,9 @@ from motor_ray.machine import cores
 LOCAL_SLOTS = 6
 """CPU slots of a Ray on this machine, at least: reading, scoring, training and writing must each get one, or a laptop
 with two cores would wait for ever. The operating system shares the cores."""
+
+MOST_NODES = 1000
+"""Where the autoscaler has no limit."""
 
 QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray logs an error for every actor of Ray Data (ray issue 53727)
@@ -75,6 +79,24 @@ def alive() -> list[dict[str, Any]]:
 def nodes() -> int:
     """Nodes of the cluster that have CPUs for work."""
     return max(len([node for node in alive() if node["Resources"].get("CPU", 0) > 0]), 1)
+
+
+def possible_nodes() -> list[dict[str, float]]:
+    """Resources, by Ray's names, of each node that is there or that the autoscaler may add."""
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else []
+    added = [
+        {"memory": math.inf} | dict(group.resources)  # not every launcher says how much memory its nodes have
+        for group in groups
+        for _ in range(group.max_count if group.max_count >= 0 else MOST_NODES)
+    ]
+    return [node["Resources"] for node in alive()] + added
+
+
+def holds(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> int:
+    """How many workers that take these resources fit on nodes with such."""
+    asked = {name: number for name, number in worker.items() if number > 0}
+    return sum(int(min(node.get(name, 0) // number for name, number in asked.items())) for node in nodes)
 
 
 def gpus() -> int:

@@ -32,6 +32,7 @@ from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
 from motor_ray.distributed.progress import Board, News, watched
 from motor_ray.distributed.scoring import ScoreFrames
+from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.second_look import second_look
 from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json
@@ -55,8 +56,8 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     motors.parquet, failures.parquet and run.json. A run that broke off is gone on with; a finished one with the same
     settings, model and manifest is returned as it is; an `out` with another is refused (RunError). `unusable` are
     FAILURES that came to light before, of tomograms that are not in `manifest`; if there are no others, ManifestError
-    says why. Raises CheckpointError if models cannot answer together, RunError if the cluster can never run it,
-    UnfinishedError if it broke or its counts do not add up.
+    says why. Raises CheckpointError if models cannot answer together, RunError if the cluster can never run it or its
+    nodes do not see the same files, UnfinishedError if it broke or its counts do not add up.
     """
     check_usable(manifest, unusable)
     out, manifest = absolute(out), manifest.sort_by("tomo_id")
@@ -71,6 +72,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
         job = Job(out, models.uris, manifest, settings, run)
+        require_shared([first_tomogram(manifest), *models.uris], out)
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
@@ -162,7 +164,12 @@ class Job:
         tally = Tally(self.manifest, places.plan, done)
         if name in self.run["looks"] and not tally.left:
             return
-        self.pools = self._pools()
+        try:
+            self.pools = self._pools()
+        except RunError as error:  # of what was there at the start not enough is left
+            raise UnfinishedError(
+                f"{self.out}: stopped before the {name}: {error}; run the same command again"
+            ) from None
         load_seconds = self._score(name, places, done, tally) if tally.left else 0.0
         self.run["looks"][name] = tally.summary(load_seconds, self.pools)
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})

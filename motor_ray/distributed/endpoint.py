@@ -17,8 +17,9 @@ import ray
 from ray import serve
 
 from motor_ray.config import flat
-from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, root_cause
+from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, holds, possible_nodes, root_cause
 from motor_ray.distributed.serving import APP, Detector, application, detector_resources, model_cards
+from motor_ray.distributed.sharing import require_shared
 from motor_ray.errors import ConfigError, RunError, UnfinishedError
 from motor_ray.machine import cores
 from motor_ray.service.jobs import Jobs
@@ -43,6 +44,8 @@ def serve_models(settings: ServiceSettings) -> dict[str, Any]:
     check(settings)
     if os.environ.get("RAY_ADDRESS"):
         with joined("auto"):
+            require_shared(settings.serve.models.values(), str(settings.serve.storage))
+            require_detectors(settings)
             deploy(settings)
         return {"url": url(settings.serve), "cluster": os.environ["RAY_ADDRESS"]}
     if running := running_here(settings.serve):
@@ -157,6 +160,19 @@ def deploy(settings: ServiceSettings, detector_class: type[Detector] = Detector)
         serve.run(application(settings, detector_class), name=APP, route_prefix="/", logging_config=logging_config)
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise UnfinishedError(f"{url(limits)}: the endpoint did not get ready: {root_cause(error)}") from error
+
+
+def require_detectors(settings: ServiceSettings) -> None:
+    """Raises RunError if the nodes can never hold the detectors that are wanted at least: Serve would wait for ever."""
+    cpus, share = detector_resources(settings)
+    least = max(settings.serve.min_detectors, 1)
+    there = holds(possible_nodes(), {"CPU": cpus, "GPU": share})
+    if there < least:
+        raise RunError(
+            f"serve.min_detectors: {least} detectors are wanted, each of {cpus} CPUs and {share:g} GPUs of one node, "
+            f"and the cluster's nodes hold {there}; give each less (--serve.detector-cpus, --serve.detector-gpus), or "
+            "add nodes"
+        )
 
 
 def with_room_to_replace(settings: ServiceSettings) -> ServiceSettings:

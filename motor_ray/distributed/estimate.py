@@ -163,7 +163,7 @@ def slabs_of(sample: Sample) -> pa.Table:
 
 
 def _start(stage: Stage, gpus: int) -> Any:
-    return ray.remote(num_cpus=1, num_gpus=gpus)(_Timed).remote(stage)
+    return ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus)(_Timed).remote(stage)
 
 
 def _try_one(loader: Any, scorer: Any, plan: pa.Table) -> Take:

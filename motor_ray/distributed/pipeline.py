@@ -149,6 +149,8 @@ def _build(plan: PlanFile, loader: Stage, scorer: Stage, pools: Pools, calls: in
         batch_size=1,
         batch_format="pyarrow",
         memory=pools.scorer_bytes,
+        # Loaders that came first may have taken a share of the last CPU beside a GPU, which would then stay idle.
+        num_cpus=0 if pools.gpus_per_scorer else 1,
         num_gpus=pools.gpus_per_scorer,
         # One slab is scored at a time, but the next is at hand when it ends.
         compute=ActorPoolStrategy(

@@ -6,11 +6,13 @@ Ray places actors first and waits, without a word and for ever, if what is left 
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ray
 
 from motor_ray.config import DetectSettings
+from motor_ray.distributed.cluster import holds, possible_nodes
 from motor_ray.errors import RunError
 
 TASKS = 3
@@ -21,6 +23,9 @@ LOADER_BYTES, SCORER_BYTES = 600 * 10**6, 1500 * 10**6
 
 NETWORK_BYTES = 400 * 10**6
 """What each further network takes: a ResNet-101 of 180 MB, and a copy of it while it is made ready."""
+
+LOADER = {"CPU": 1, "memory": LOADER_BYTES}
+"""What a loader is counted as."""
 
 SLAB_BYTES = 10_000_000
 """A slab of 19 frames of 720 x 720 has 9.9 MB."""
@@ -39,12 +44,19 @@ log = logging.getLogger(__name__)
 
 
 class Room(NamedTuple):
-    """What a cluster has, or may grow to have."""
+    """What a cluster has, or may grow to have, in all, and on each node."""
 
     cpus: int
     gpus: int
     memory: int
     object_store: int
+    nodes: Sequence[Mapping[str, float]] = ()
+    """Resources of each node by Ray's names. Without any all is taken to be on one."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """All that there is, by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
 
 
 class Pools(NamedTuple):
@@ -73,7 +85,7 @@ def room() -> Room:
     now = ray.cluster_resources()  # type: ignore[no-untyped-call]
     later = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     most = {name: max(now.get(name, 0), later.get(name, 0)) for name in ("CPU", "GPU", "memory", "object_store_memory")}
-    return Room(*(int(amount) for amount in most.values()))
+    return Room(*(int(amount) for amount in most.values()), possible_nodes())
 
 
 def plan_pools(room: Room, settings: DetectSettings, networks: int = 1) -> Pools:
@@ -86,7 +98,7 @@ def plan_pools(room: Room, settings: DetectSettings, networks: int = 1) -> Pools
     _require(room, scorer_bytes)
     free_cpus = room.cpus - TASKS
     scorers = settings.scorers or max(room.gpus, 1)
-    fitting = min(free_cpus - 1, (room.memory - LOADER_BYTES) // scorer_bytes, room.gpus or scorers)
+    fitting = min(free_cpus - 1, room.gpus or scorers, _most_scorers(room, scorer_bytes))
     if scorers > fitting:
         log.info("room for %d of %d scorers", fitting, scorers)
         scorers = fitting
@@ -118,3 +130,33 @@ def _require(room: Room, scorer_bytes: int) -> None:
                 f"the cluster has {there / unit:.3g} {what}; one scorer, one loader and the tasks that feed them take "
                 f"{least / unit:.3g}; {remedy}"
             )
+    if not _most_scorers(room, scorer_bytes):
+        scorer = _said(_scorer(room, scorer_bytes))
+        raise RunError(
+            f"the cluster has enough in all, but not on the same node: one needs {scorer} for a scorer, and it or "
+            f"another {_said(LOADER)} for a loader; add larger nodes, or state what there is (ray start --memory)"
+        )
+
+
+def _said(taken: Mapping[str, float]) -> str:
+    """What an actor takes, in words."""
+    units = {"CPU": (1, "CPU"), "GPU": (1, "GPU"), "memory": (1e9, "GB of memory")}
+    return ", ".join(f"{taken[name] / unit:g} {what}" for name, (unit, what) in units.items() if taken.get(name))
+
+
+def _scorer(room: Room, scorer_bytes: int) -> dict[str, float]:
+    """What a scorer takes of one node; beside a GPU it is content with what is left of the CPUs."""
+    return {"CPU": 0 if room.gpus else 1, "GPU": min(room.gpus, 1), "memory": scorer_bytes}
+
+
+def _most_scorers(room: Room, scorer_bytes: int) -> int:
+    """How many scorers the nodes hold if one of these holds a loader, too."""
+    nodes, scorer = room.nodes or [room.resources], _scorer(room, scorer_bytes)
+    most = holds(nodes, scorer)
+    taken = [holds([node], scorer) - holds([_less(node, LOADER)], scorer) for node in nodes if holds([node], LOADER)]
+    return max(most - min(taken), 0) if taken else 0
+
+
+def _less(node: Mapping[str, float], taken: Mapping[str, float]) -> dict[str, float]:
+    """What is left of a node."""
+    return {name: number - taken.get(name, 0) for name, number in node.items()}

@@ -1,10 +1,9 @@
 """What training workers take of a cluster, and whether it can ever hold them: asked before anything starts."""
 
 import logging
-from collections.abc import Iterable, Mapping
 
 from motor_ray.config import RunSettings
-from motor_ray.distributed.cluster import alive, gpus
+from motor_ray.distributed.cluster import alive, gpus, holds
 from motor_ray.distributed.preflight import local_slots, plan_pools, room
 from motor_ray.errors import RunError
 from motor_ray.machine import cores
@@ -34,12 +33,6 @@ def team_of_this_machine(workers: tuple[int, int], settings: RunSettings) -> tup
     if fewest > apt:
         log.warning("%d workers of %d CPUs share this machine's %d", fewest, settings.train.worker_cpus, cores())
     return fewest, max(fewest, min(most, apt))
-
-
-def holds(nodes: Iterable[Mapping[str, float]], worker: Mapping[str, float]) -> int:
-    """How many workers fit on nodes with such resources."""
-    asked = {name: number for name, number in worker.items() if number > 0}
-    return sum(int(min(node.get(name, 0) // number for name, number in asked.items())) for node in nodes)
 
 
 def require_team(workers: tuple[int, int], settings: RunSettings) -> None:

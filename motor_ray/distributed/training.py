@@ -39,6 +39,7 @@ from motor_ray.distributed.ledger import alone
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import watched
 from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
+from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.distributed.team import require_team, slots_for, team_of_this_machine, worker_resources
 from motor_ray.distributed.training_loop import rank_of
 from motor_ray.distributed.validation import EPOCHS, look_at_tomograms, validate_checkpoint
@@ -93,8 +94,8 @@ def train(
     are Ray Train's, told of every report.
 
     Raises LabelsError if labels and archive do not fit, CheckpointError if the start weights cannot be had, RunError if
-    ``storage/name`` exists and `resume` is not asked for, or the other way round, or if the cluster is too small,
-    UnfinishedError if training fails.
+    ``storage/name`` exists and `resume` is not asked for, or the other way round, or if the cluster is too small or its
+    nodes do not see the same files, UnfinishedError if training fails.
     """
     check_name(name)
     check_trackers(settings.train)
@@ -125,6 +126,7 @@ def train(
     with connected(slots_for(workers[0], settings)):
         require_team(workers, settings)
         with alone(run_uri):
+            require_shared([first_tomogram(manifest)], run_uri)
             if start is not None:
                 begin(run_uri, run, manifest, labels, plans, start, settings)
             try:

@@ -22,13 +22,15 @@ from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from tests.cluster.files import CLUSTER, ROOT, SHELLCHECK
+from tests.machines import DEVICE, machines
 
 SLURM = CLUSTER / "slurm"
 BATCHES = sorted(SLURM.glob("*.sbatch"))
 each = pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: batch.stem)
 
 NODES = ("mr-slurm-1", "mr-slurm-2")
-ADDRESSES = ("10.77.6.1", "10.77.6.2")
+NETWORK = "10.77.6"
+ADDRESSES = (f"{NETWORK}.1", f"{NETWORK}.2")
 JOB_ID = str(os.getpid())
 
 SMALL = settings_from(
@@ -148,29 +150,11 @@ class Job(NamedTuple):
 
 @pytest.fixture
 def two_nodes() -> Iterator[None]:
-    """Two machines with a cable between them, as far as the network is concerned."""
-    if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
-        pytest.skip("takes root, ip and unshare, to make two machines out of one")
-    cable = ["mr-slurm-a", "mr-slurm-b"]
-    commands = [f"ip netns add {node}" for node in NODES]
-    commands += [f"ip link add {cable[0]} type veth peer name {cable[1]}"]
-    for node, end, address in zip(NODES, cable, ADDRESSES, strict=True):
-        commands += [
-            f"ip link set {end} netns {node}",
-            f"ip -n {node} link set {end} name cable",
-            f"ip -n {node} addr add {address}/24 dev cable",
-            f"ip -n {node} link set cable up",
-            f"ip -n {node} link set lo up",
-        ]
-    try:
-        for command in commands:
-            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"{command}: {done.stderr.strip()}")
+    """Two machines with a network between them."""
+    if not shutil.which("unshare"):
+        pytest.skip("takes unshare, to make two machines out of one")
+    with machines(list(NODES), NETWORK):
         yield
-    finally:
-        for node in NODES:
-            subprocess.run(["ip", "netns", "del", node], capture_output=True, check=False)
 
 
 def start(batch: str, folder: Path, places: dict[str, str], options: list[str], restarts: int) -> Job:
@@ -186,7 +170,7 @@ def start(batch: str, folder: Path, places: dict[str, str], options: list[str], 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
     environment |= places | {
         "MOTOR_RAY_ENV": str(folder / "env"),
-        "MOTOR_RAY_INTERFACE": "cable",  # both machines have the name of the real one
+        "MOTOR_RAY_INTERFACE": DEVICE,  # both machines have the name of the real one
         "OUTSIDE": os.readlink("/proc/self/ns/pid"),
         "STEPS": str(folder),
         "SCONTROL_LOG": str(folder / "scontrol.log"),

@@ -3,32 +3,30 @@
 Each case has a seed that draws when, what, and how often is killed. Nothing dies but what the tests themselves started.
 """
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-import torch
 from ray.cluster_utils import Cluster
 
-from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import settings_from
-from motor_ray.detector.checkpoint import save_checkpoint
-from motor_ray.detector.model import build_model
-from motor_ray.storage import arrow_filesystem, exists, filesystem, join, list_names, read_bytes, read_json, read_table
-from tests.distributed.conftest import SMALL
+from tests.distributed.detections import (
+    SECONDS_TO_END,
+    TOMOGRAMS,
+    Driver,
+    Task,
+    Undisturbed,
+    far_enough,
+    in_bucket,
+    simulated_task,
+    struck,
+    undisturbed_run,
+)
 from tests.distributed.killers import (
     LOADER,
     POLL_SECONDS,
@@ -49,158 +47,15 @@ from tests.object_store import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-TOMOGRAMS = 16
-SETTINGS = settings_from(
-    SMALL.model_dump()
-    | {
-        # A slab a slice, so that there are many; half of them in a second look, so that there is one.
-        "detect": {"score_threshold": 0.01, "slab_slices": 1, "z_stride": 2, "candidate_score": 0.235},
-    }
-)
 NODE = {"num_cpus": 5, "memory": 6 * 10**9, "object_store_memory": 100 * 10**6, "include_dashboard": False}
 WHERE = ["of a cluster", "with a Ray of its own"]
 LAST_FILES = 8
 """Of the files of a run, those that come too fast one after the other to be sure of a blow between them."""
 
-SECONDS_TO_END = 30
-"""What processes get to notice that the one they work for is gone."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A detection that can be run as often as is wanted, each time with results elsewhere."""
-
-    archive: str
-    model: str
-    config: str
-    environment: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def started(self, out: str, *flags: str, **variables: str) -> Iterator["Driver"]:
-        """`motor-ray detect`, in a process of its own, which does not outlive the block."""
-        command = [sys.executable, "-m", "motor_ray.cli", "detect", "--archive", self.archive, "--model", self.model]
-        command += ["--config", self.config, "--out", out, *flags]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(
-                command,
-                stdout=said,
-                stderr=log,
-                env=environment | self.environment | variables,
-                start_new_session=True,  # Ctrl-C in a terminal goes to a whole group of processes
-            )
-            try:
-                yield Driver(process, out, said, log)
-            finally:
-                left = workers_below(process.pid)
-                process.kill()
-                process.wait()
-                assert not left_of(left, SECONDS_TO_END)
-
-
-@dataclass(frozen=True)
-class Driver:
-    """A detection that is under way."""
-
-    process: "subprocess.Popen[bytes]"
-    out: str
-    said: IO[bytes]
-    log: IO[bytes]
-
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
-    def result(self) -> tuple[int, Any]:
-        """Exit code and what it said, or complained of, once it has ended."""
-        code = self.process.wait()
-        for file in (self.said, self.log):
-            file.seek(0)
-        said, log = self.said.read(), self.log.read()
-        return code, json.loads(said) if said else log.decode()
-
-    def notes(self) -> list[str]:
-        """Ray Data's notes of slabs that are written and committed, each of one file of slabs."""
-        files, path = filesystem(join(self.out, "checkpoints"))
-        files.invalidate_cache()
-        return [note for note in map(str, files.find(path)) if note.endswith(".parquet") and ".pending." not in note]
-
-    def files(self) -> dict[str, bytes]:
-        """The files of slabs that are committed, by name."""
-        names = [Path(note).stem for note in self.notes()]
-        slabs = join(self.out, "slabs")
-        return {name: read_bytes(join(slabs, name)) for name in list_names(slabs) if name.startswith(tuple(names))}
-
-    def committed(self) -> int:
-        """How many slabs will not be looked at again."""
-        files, _ = arrow_filesystem(self.out)
-        return sum(len(pq.read_table(note, filesystem=files)) for note in self.notes())
-
-    def state(self) -> dict[str, Any]:
-        """What run.json says."""
-        uri = join(self.out, "run.json")
-        said: dict[str, Any] = read_json(uri) if exists(uri) else {"status": "not begun", "looks": {}}
-        return said
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A detection, and how it went when nobody disturbed it."""
-
-    task: Task
-    code: int
-    said: dict[str, Any]
-    tables: dict[str, Any]
-    files: int
-    seconds_to_first_file: float
-
-    @property
-    def slabs(self) -> int:
-        return len(self.tables["slabs"])
-
-    def equals(self, driver: Driver) -> None:
-        """Assert that the run of `driver`, or what is left of it, ends like this one, row for row."""
-        code, said = driver.result()
-        assert code == self.code, said
-        assert said["counts"] == self.said["counts"]
-        assert driver.state()["status"] == "done"
-        tables = tables_of(driver.out)
-        assert [row["slab_id"] for row in tables["slabs"]] == [row["slab_id"] for row in self.tables["slabs"]]
-        assert tables == self.tables
-
-
-def tables_of(out: str) -> dict[str, Any]:
-    """Rows of what a run has written; slabs in the order of their ids, for in which file one lands is chance."""
-    slabs = read_table(join(out, "slabs")).sort_by("slab_id")
-    others = {name: read_table(join(out, f"{name}.parquet")) for name in ("motors", "failures")}
-    return {"slabs": slabs.to_pylist(), **{name: table.to_pylist() for name, table in others.items()}}
-
-
-def undisturbed_run(task: Task, out: str, **variables: str) -> Undisturbed:
-    start = time.monotonic()
-    with task.started(out, **variables) as driver:
-        until("a file was written", driver.notes, driver.over)
-        seconds = time.monotonic() - start
-        code, said = driver.result()
-    assert isinstance(said, dict), said
-    return Undisturbed(task, code, said, tables_of(out), len(driver.notes()), seconds)
-
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """An archive with two bad slices and a file that is no tomogram, and a detector that finds more here than there."""
-    folder = tmp_path_factory.mktemp("faults")
-    simulate_archive(str(folder), TOMOGRAMS, 3, (20, 96, 96), voxel_spacing_angstrom=24.0, processes=1)
-    first = min((folder / "train").iterdir())
-    (first / "slice_0003.jpg").unlink()
-    (first / "slice_0009.jpg").write_bytes((first / "slice_0009.jpg").read_bytes()[:500])
-    (folder / "train" / "torn.mrc").write_bytes(b"\0" * 100)
-    torch.manual_seed(0)
-    model = build_model(SETTINGS.model)
-    with torch.no_grad():
-        model.heads.heatmap.weight *= 300  # untrained, all its scores would be alike
-    save_checkpoint(str(folder / "model"), model, SETTINGS, {})
-    (folder / "settings.yaml").write_text(SETTINGS.model_dump_json())
-    return Task(str(folder / "train"), str(folder / "model"), str(folder / "settings.yaml"))
+    return simulated_task(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")
@@ -233,18 +88,6 @@ def idle(cluster: Cluster) -> Cluster:
 def cases(*axes: Iterable[Any], quick: Collection[Any] = ()) -> list[Any]:
     """All combinations, of which the default suite runs the `quick` ones only."""
     return [pytest.param(*one, marks=[] if one in quick else pytest.mark.slow) for one in product(*axes)]
-
-
-def far_enough(driver: Driver, files: int) -> None:
-    until(f"{files} files were written", lambda: len(driver.notes()) >= files, driver.over)
-
-
-def struck(what: str, driver: Driver, run: Undisturbed) -> int:
-    """How many slabs were committed when something was killed; AssertionError if the run was over by then."""
-    state, slabs = driver.state(), driver.committed()
-    print(f"{what} killed: {state['status']}, {slabs} of {run.slabs} slabs committed, looks done: {[*state['looks']]}")
-    assert state["status"] != "done"
-    return slabs
 
 
 @pytest.mark.parametrize(("title", "seed"), cases([SCORER, LOADER, WRITER], [0, 1, 2], quick=[(SCORER, 0)]))
@@ -385,14 +228,8 @@ def test_ctrl_c_ends_a_driver_and_all_that_it_started(where, phase, seed, undist
 @pytest.fixture(scope="module")
 def stored(task: Task, s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The same detection in a bucket, where nobody disturbed it."""
-    folder = s3.folder()
-    for name in ("archive", "model"):
-        files, path = filesystem(join(folder, name))
-        files.put(f"{getattr(task, name)}/", f"{path}/", recursive=True)
-    quick = {"archive": {"timeout_seconds": 2.0}}  # what stalls is asked for again soon
-    config = tmp_path_factory.mktemp("stored") / "settings.yaml"
-    config.write_text(settings_from(SETTINGS.model_dump() | quick).model_dump_json())
-    return undisturbed_run(Task(join(folder, "archive"), join(folder, "model"), str(config)), s3.folder())
+    stored = in_bucket(task, s3.folder(), tmp_path_factory.mktemp("stored") / "settings.yaml")
+    return undisturbed_run(stored, s3.folder())
 
 
 @pytest.mark.parametrize("seed", cases([60, 61, 62]))

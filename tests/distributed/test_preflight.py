@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.config import DetectSettings
+from motor_ray.distributed.cluster import holds
 from motor_ray.distributed.preflight import (
+    LOADER,
     LOADER_BYTES,
     NETWORK_BYTES,
     SCORER_BYTES,
@@ -71,6 +73,53 @@ def test_what_was_asked_for_is_taken_as_far_as_there_is_room():
 def test_a_cluster_that_can_never_run_it_is_told_what_it_lacks(room, message):
     with pytest.raises(RunError, match=message):
         plan_pools(room, DetectSettings())
+
+
+def test_what_no_single_node_can_hold_is_refused_however_many_nodes_there_are():
+    """Ray places an actor on one node, and would wait for ever."""
+    small = {"CPU": 4.0, "memory": 1e9}
+    room = Room(32, 0, 8 * 10**9, 10**9, [small] * 8)
+    with pytest.raises(RunError, match=r"enough in all, but not on the same node: .*1 CPU, 1.5 GB of memory for a sc"):
+        plan_pools(room, DetectSettings())
+    large = small | {"memory": 2e9}
+    assert plan_pools(room._replace(nodes=[large, *[small] * 7]), DetectSettings(scorers=9, loaders=2))[:2] == (1, 2)
+    # What holds a scorer but no loader beside it needs another node.
+    with pytest.raises(RunError, match=r"it or another 1 CPU, 0.6 GB of memory for a loader"):
+        plan_pools(room._replace(nodes=[large, *[small | {"memory": 5e8}] * 7]), DetectSettings())
+
+
+def test_a_gpu_counts_where_there_is_memory_for_its_scorer():
+    cpus = {"CPU": 8.0, "memory": 16e9}
+    gpus = [{"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 2.0, "GPU": 4.0, "memory": 1e9}]
+    room = Room(12, 5, 21 * 10**9, 10**10, [cpus, *gpus])
+    assert plan_pools(room, DetectSettings())[:3] == (1, 8, 1)
+    with pytest.raises(RunError, match=r"1 GPU, 1.5 GB of memory for a scorer"):
+        plan_pools(room._replace(nodes=[cpus, gpus[1]]), DetectSettings())
+
+
+@given(
+    nodes=st.lists(
+        st.fixed_dictionaries(
+            {"CPU": st.integers(0, 8), "GPU": st.integers(0, 2), "memory": st.integers(0, 6 * 10**9)}
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    scorers=st.none() | st.integers(1, 9),
+)
+def test_scorers_and_a_loader_that_are_planned_can_be_placed_on_the_nodes(nodes, scorers):
+    room = Room(*(sum(node[name] for node in nodes) for name in ("CPU", "GPU", "memory")), 10**9, nodes)
+    try:
+        pools = plan_pools(room, DetectSettings(scorers=scorers))
+    except RunError:
+        return
+    scorer = {"CPU": 1 - pools.gpus_per_scorer, "GPU": pools.gpus_per_scorer, "memory": SCORER_BYTES}
+    with_loader = [
+        [*nodes[:i], {name: number - LOADER.get(name, 0) for name, number in node.items()}, *nodes[i + 1 :]]
+        for i, node in enumerate(nodes)
+        if holds([node], LOADER)
+    ]
+    assert any(holds(left, scorer) >= pools.scorers for left in with_loader)
 
 
 def test_a_local_ray_has_room_for_what_is_asked_of_it():

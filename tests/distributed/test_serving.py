@@ -6,13 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,10 +22,9 @@ import yaml
 
 from motor_ray.archive.simulate import simulate_archive
 from motor_ray.detector.checkpoint import save_checkpoint
-from motor_ray.detector.description import describe_checkpoint
 from motor_ray.detector.model import build_model
-from motor_ray.distributed.answering import Answerer, picture_of
 from motor_ray.distributed.serve_environment import free_port
+from tests.distributed.asking import Address, Hammer, assert_same, command, direct, until_answered
 
 pytestmark = pytest.mark.ray
 
@@ -35,26 +33,12 @@ SECONDS_TO_START = 120
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
 
-class Endpoint(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Endpoint(Address):
+    """An endpoint that these tests have started."""
+
     process: "subprocess.Popen[str]"
-    port: int
-    key: str
     log: Path
-
-    def ask(self, method: str, path: str, body: bytes | None = None, key: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, {"Authorization": f"Bearer {self.key if key is None else key}"})
-            answer = connection.getresponse()
-            text = answer.read()
-            return answer.status, json.loads(text) if text else None
-        finally:
-            connection.close()
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "motor_ray.cli", "serve", *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +62,7 @@ def endpoint(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         log.open("w") as errors,
         subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
-        started = Endpoint(process, port, json.loads(made.stdout)["key"], log)
+        started = Endpoint(port, json.loads(made.stdout)["key"], process=process, log=log)
         try:
             wait_until_ready(started)
             yield started
@@ -98,23 +82,6 @@ def wait_until_ready(endpoint: Endpoint) -> None:
 @pytest.fixture(scope="module")
 def images(archive) -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(archive.uri).glob("*/slice_0010.jpg"))]
-
-
-def direct(checkpoint: str, images: list[bytes]) -> list[dict[str, Any]]:
-    """What the model says without an endpoint."""
-    description = describe_checkpoint(checkpoint)
-    answerer = Answerer(checkpoint, description.sha256, description.settings, threads=1)
-    prepared = [answerer.prepare_picture(image, None, 10**6) for image in images]
-    answers = [answerer.look([one])[0] for one in prepared]
-    return [picture_of(one, answer, answerer.sha256) for one, answer in zip(prepared, answers, strict=True)]
-
-
-def assert_same(answer: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert answer["model"] == expected["model"]
-    assert answer["presence"] == pytest.approx(expected["presence"], abs=2e-3)
-    assert len(answer["detections"]) == len(expected["detections"])
-    for one, other in zip(answer["detections"], expected["detections"], strict=True):
-        assert one == pytest.approx(other, rel=1e-2, abs=2e-2)
 
 
 def test_images_that_come_at_once_get_each_what_the_model_says_of_it(endpoint, checkpoint, images):
@@ -179,51 +146,6 @@ def test_bad_input_is_the_clients_fault(endpoint):
     assert "expected a JPEG, PNG or TIFF" in problem["detail"]
 
 
-class Hammer:
-    """Asks all the time, from several threads, and keeps what went wrong."""
-
-    def __init__(self, endpoint: Endpoint, images: list[bytes], expected: list[list[dict[str, Any]]]) -> None:
-        self.endpoint, self.images, self.expected = endpoint, images, expected
-        self.wrong: list[Any] = []
-        self.models: list[str] = []
-        self.stop = threading.Event()
-        self.threads = [threading.Thread(target=self.work) for _ in range(3)]
-
-    def work(self) -> None:
-        number = 0
-        while not self.stop.is_set():
-            number = (number + 1) % len(self.images)
-            try:
-                status, answer = self.endpoint.ask("POST", "/v1/slices?threshold=0", self.images[number])
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self.wrong.append(repr(error))
-                continue
-            if status != 200:
-                self.wrong.append((status, answer))
-                continue
-            self.models.append(answer["model"])
-            if not any(same(answer, ways[number]) for ways in self.expected):
-                self.wrong.append(answer)
-
-    def __enter__(self) -> "Hammer":
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join()
-
-
-def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
-    try:
-        assert_same(answer, expected)
-    except AssertionError:
-        return False
-    return True
-
-
 def test_a_killed_detector_is_replaced_and_no_request_fails(endpoint, checkpoint, images):
     with Hammer(endpoint, images, [direct(checkpoint, images)]) as hammer:
         for _ in range(2):
@@ -233,15 +155,6 @@ def test_a_killed_detector_is_replaced_and_no_request_fails(endpoint, checkpoint
             detector.wait(10)
         until_answered(hammer, 5)
     assert hammer.wrong == []
-
-
-def until_answered(hammer: Hammer, more: int) -> None:
-    """Wait for so many more answers."""
-    wanted, ends = len(hammer.models) + more, time.monotonic() + 90
-    while len(hammer.models) < wanted:
-        assert time.monotonic() < ends, hammer.wrong
-        assert not hammer.wrong
-        time.sleep(0.05)
 
 
 def detectors(endpoint: Endpoint) -> list[psutil.Process]:
@@ -290,6 +203,26 @@ def test_a_misspelt_setting_in_a_serve_file_is_refused(checkpoint):
 
     with pytest.raises(ConfigError, match=r"args: serve\.max_detector: unknown setting; did you mean max_detectors"):
         build({"serve": {"models": {"default": checkpoint}, "max_detector": 3}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"detector_cpus": 4}, "1 detectors are wanted, each of 4 CPUs and 0 GPUs of one node, .* nodes hold 0"),
+        ({"detector_cpus": 2, "min_detectors": 3, "max_detectors": 3}, "3 detectors .* nodes hold 2"),
+    ],
+)
+def test_detectors_that_no_node_can_hold_are_refused_though_all_together_could(flags, complaint, monkeypatch):
+    """Serve would wait for ever for such a node."""
+    from motor_ray.distributed import endpoint, serving
+    from motor_ray.errors import RunError
+    from motor_ray.service.settings import ServeSettings, ServiceSettings
+
+    monkeypatch.setattr(serving, "gpus", lambda: 0)
+    monkeypatch.setattr(endpoint, "possible_nodes", lambda: [{"CPU": 3.0}, {"CPU": 2.0}, {"memory": 1e9}])
+    with pytest.raises(RunError, match=f"serve.min_detectors: {complaint}"):
+        endpoint.require_detectors(ServiceSettings(serve=ServeSettings(**flags)))
+    endpoint.require_detectors(ServiceSettings(serve=ServeSettings(detector_cpus=2, min_detectors=2, max_detectors=8)))
 
 
 def test_the_serve_file_of_the_repository_is_what_its_own_settings_give():

@@ -2,8 +2,9 @@ import pytest
 import ray
 
 from motor_ray.config import settings_from
+from motor_ray.distributed.cluster import holds
 from motor_ray.distributed.preflight import Room
-from motor_ray.distributed.team import holds, require_team, slots_for, worker_resources
+from motor_ray.distributed.team import require_team, slots_for, worker_resources
 from motor_ray.errors import RunError
 
 

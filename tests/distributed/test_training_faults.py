@@ -4,12 +4,10 @@ Nothing dies but what the tests themselves started. Nodes have a resource "slot"
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.storage import exists, filesystem, join, list_names, write_bytes
 from tests.distributed.killers import TRAINER, below, kill, left_of, raylet_of, titled, until, workers_below
+from tests.distributed.trainings import SECONDS_TO_END, SLOT, Labelled, Training, goes_through_all_samples
 from tests.fault_proxy import faulty
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -32,16 +31,6 @@ NODE: dict[str, Any] = {
     "object_store_memory": 100 * 10**6,
     "include_dashboard": False,
 }
-SLOT: dict[str, Any] = {
-    "num_cpus": 1,
-    "resources": {"slot": 1},
-    "memory": 2 * 10**9,
-    "object_store_memory": 100 * 10**6,
-}
-
-SECONDS_TO_END = 30
-"""What processes get to notice that the one they work for is gone."""
-
 EPOCHS = 4
 
 
@@ -52,63 +41,12 @@ def quick(settings: RunSettings) -> RunSettings:
     return settings_from(settings.model_dump() | {"train": settings.train.model_dump() | train})
 
 
-class Training:
-    """A `motor-ray train` in a process of its own."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log: Path) -> None:
-        self.process, self.folder, self.log = process, folder, log
-
-    def over(self) -> bool:
-        """Whether it has ended; AssertionError with what it said if it failed."""
-        assert not self.process.poll(), self.log.read_text()[-4000:]
-        return self.process.poll() is not None
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The validations so far."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def checkpoints(self) -> set[str]:
-        """Ray Train's, that are written or being written."""
-        snapshot = self.folder / "checkpoint_manager_snapshot.json"
-        return {path.name for path in self.folder.glob("checkpoint_2*")} if snapshot.exists() else set()
-
-    def has_validated(self, times: int) -> Callable[[], bool]:
-        return lambda: len(self.lines()) >= times
-
-    def ends_well(self) -> dict[str, Any]:
-        """What it says at the end."""
-        said, _ = self.process.communicate()
-        assert self.process.returncode == 0, self.log.read_text()[-4000:]
-        result: dict[str, Any] = json.loads(said)
-        return result
-
-
 @pytest.fixture(scope="module")
 def start(archive, quick, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Starts a training of that name, which does not outlive the block."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "settings.yaml").write_text(quick.model_dump_json())
-
-    @contextmanager
-    def started(name: str, *flags: str, **variables: str) -> Iterator[Training]:
-        command = [sys.executable, "-m", "motor_ray.cli", "train", "--archive", archive.uri]
-        command += ["--labels", archive.labels_csv, "--config", str(folder / "settings.yaml")]
-        command += ["--storage", str(folder), "--name", name, *flags]
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
-        log = folder / f"{name}.log"
-        with (
-            log.open("wb") as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as process,
-        ):
-            try:
-                yield Training(process, folder / name, log)
-            finally:
-                left = workers_below(process.pid)
-                process.kill()
-        assert not left_of(left, SECONDS_TO_END)
-
-    return started
+    return Labelled(archive.uri, archive.labels_csv, str(folder), folder / "settings.yaml").started
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +76,7 @@ def undisturbed(start, cluster):
 def end_alike(one: Training, other: Training) -> None:
     """Assert that two runs have the same weights to the last bit, and the same metrics but for the time they took."""
     for name in ("best", "last"):
-        ends = [load_checkpoint(run.folder / name).state_dict() for run in (one, other)]
+        ends = [load_checkpoint(join(run.folder, name)).state_dict() for run in (one, other)]
         for key, tensor in ends[0].items():
             torch.testing.assert_close(tensor, ends[1][key], rtol=0, atol=0, msg=f"{name} {key}")
     timeless = [
@@ -258,12 +196,3 @@ def test_a_run_in_a_bucket_is_gone_on_with(archive, quick, s3, tmp_path):
     assert {"curve.png", "validation.png", "run.json"} <= set(list_names(join(folder, "run")))
     assert describe_checkpoint(join(folder, "run", "best")).metrics == result["best"]
     assert list_names(join(folder, "run", "tensorboard"))
-
-
-def goes_through_all_samples(training: Training, epochs: int) -> None:
-    """Assert that a run of changing numbers of workers has done all of its epochs, and no step in vain."""
-    lines = training.lines()
-    assert [line["epoch"] for line in lines] == list(range(epochs))
-    run = json.loads((training.folder / "run.json").read_text())
-    samples, batch = run["slices"]["train"], run["settings"]["train"]["batch_size"]
-    assert epochs * math.ceil(samples / (2 * batch)) <= lines[-1]["step"] <= epochs * math.ceil(samples / batch) + 1
