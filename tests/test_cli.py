@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -45,10 +46,12 @@ def test_without_flags_the_settings_are_the_recipe():
 
 def test_a_model_is_one_checkpoint_or_several():
     for names in (["a"], ["a", "b", "c"]):
-        assert parse(["detect", "--archive", "z", "--model", *names, "--out", "o"]).model == tuple(names)
-        assert parse(["plan", "--archive", "z", "--model", *names]).model == tuple(names)
-        served = parse(["serve", "--model", *names, "--serve.models", "lab", "d,e", "own", "f"]).all_settings().serve
-        assert served.models == {"default": ",".join(names), "lab": "d,e", "own": "f"}
+        for verb in ("detect", "plan", "bench"):
+            rest = {"detect": ["--archive", "z", "--out", "o"], "plan": ["--archive", "z"], "bench": ["looks"]}[verb]
+            asked: Any = parse([verb, *rest, "--model", *names])
+            assert asked.model == tuple(names)
+        asked = parse(["serve", "--model", *names, "--serve.models", "lab", "d,e", "own", "f"])
+        assert asked.all_settings().serve.models == {"default": ",".join(names), "lab": "d,e", "own": "f"}
 
 
 @pytest.mark.parametrize(("text", "workers"), [("4", (4, 4)), ("2:8", (2, 8)), ("3:3", (3, 3))])

@@ -44,7 +44,7 @@ def take_statistics(model: Detector, frames: torch.Tensor, batch: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # every batch counts the same
         norm.train()
-    for part in torch.split(frames, batch):  # type: ignore[no-untyped-call]
+    for part in torch.split(frames, batch):
         if len(part) == min(batch, len(frames)):
             model(standardise(part))
     model.eval()

@@ -15,8 +15,8 @@ LOGITS = st.lists(st.floats(-60, 60), min_size=1, max_size=6)
 
 def said(heatmap: float = 0.0, size: float = 10.0, offset: float = 0.5, presence: float = 0.0) -> Prediction:
     """The same of every cell of a frame of 2 x 3 cells."""
-    maps = zip((1, 2, 2), (heatmap, size, offset), strict=True)
-    return Prediction(*(torch.full((1, n, 2, 3), float(value)) for n, value in maps), torch.full((1,), float(presence)))
+    maps = [torch.full((1, n, 2, 3), float(value)) for n, value in ((1, heatmap), (2, size), (2, offset))]
+    return Prediction(maps[0], maps[1], maps[2], torch.full((1,), float(presence)))
 
 
 def random(seed: int) -> Prediction:

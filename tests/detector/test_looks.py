@@ -43,22 +43,22 @@ def looker(model: object, **changes: object) -> Looker:
     return Looker(model, settings, threads=1, compiled="off")  # type: ignore[arg-type]
 
 
-def assert_same(some: list[Look], others: list[Look], **within: float) -> None:
+def assert_same(some: list[Look], others: list[Look], within: float = 0.0) -> None:
     for one, other in zip(some, others, strict=True):
-        np.testing.assert_allclose(one.scores, other.scores, **within)
-        np.testing.assert_allclose(one.boxes, other.boxes, **within)
-        np.testing.assert_allclose(one.presence, other.presence, **within)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=within, atol=within)
+        np.testing.assert_allclose(one.boxes, other.boxes, rtol=within, atol=within)
+        np.testing.assert_allclose(one.presence, other.presence, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("how", ["logit", "probability"])
 def test_a_checkpoint_twice_sees_what_it_sees_alone(saved: Callable[..., str], how: Averaging) -> None:
     one = saved()
-    assert_same(looker([one, one], ensemble=how)(pictures()), looker(one)(pictures()), rtol=1e-4, atol=1e-4)
+    assert_same(looker([one, one], ensemble=how)(pictures()), looker(one)(pictures()), within=1e-4)
 
 
 def test_one_checkpoint_in_a_list_is_that_checkpoint_to_the_last_bit(saved: Callable[..., str]) -> None:
     one = saved()
-    assert_same(looker([one])(pictures()), looker(one)(pictures()), rtol=0, atol=0)
+    assert_same(looker([one])(pictures()), looker(one)(pictures()))
 
 
 def test_different_backbones_answer_together_and_each_has_its_say(saved: Callable[..., str]) -> None:
@@ -93,8 +93,8 @@ def test_full_augmentation_looks_at_frames_with_clahe_switched(saved: Callable[.
 
 def test_augmentation_may_be_asked_for_look_by_look(saved: Callable[..., str]) -> None:
     one = saved()
-    assert_same(looker(one)(pictures(), "fast"), looker(one, tta="fast")(pictures()), rtol=0, atol=0)
-    assert_same(looker(one, tta="fast")(pictures(), "off"), looker(one)(pictures()), rtol=0, atol=0)
+    assert_same(looker(one)(pictures(), "fast"), looker(one, tta="fast")(pictures()))
+    assert_same(looker(one, tta="fast")(pictures(), "off"), looker(one)(pictures()))
 
 
 def test_all_of_an_ensemble_must_answer_with_numbers(saved: Callable[..., str], tmp_path: Path) -> None:
