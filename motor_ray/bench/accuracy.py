@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,12 @@ def run_all(jobs: Sequence[Job], processes: int) -> None:
     """
     crew = Crew()
     with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(run_job, job, crew) for job in jobs]
+        futures: dict[Job, Future[None]] = {}
+        for job in jobs:  # what a job needs comes before it, so that none waits for one that has not begun
+            before = [futures[need] for need in job.needs if need in futures]
+            futures[job] = pool.submit(run_job, job, crew, before)
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
         except BaseException as problem:
             crew.send_home(problem)
             raise
@@ -109,8 +112,9 @@ def run_all(jobs: Sequence[Job], processes: int) -> None:
         raise crew.problem
 
 
-def run_job(job: Job, crew: Crew) -> None:
-    """Run a row with one seed; if that fails all go home."""
+def run_job(job: Job, crew: Crew, before: Sequence["Future[None]"] = ()) -> None:
+    """Run a row with one seed once what it needs is done; if that fails all go home."""
+    wait(before)
     if crew.problem:
         return
     started = time.monotonic()

@@ -64,7 +64,7 @@ class Sizes:
     backbone: str = "resnet18"
     neck_channels: int = 256
     head_channels: int = 64
-    epochs: int = 8
+    epochs: int = 9
     batch_size: int = 8
     learning_rate: float = 1e-3
     slices_per_motor: int = 4

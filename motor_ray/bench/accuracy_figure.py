@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from motor_ray.bench.accuracy_rows import ROWS, Role
-from motor_ray.bench.accuracy_table import Line
+from motor_ray.bench.accuracy_table import Line, mean
 from motor_ray.motors.picture import BLACK, BLUE, GREEN, PURPLE, VERMILION, write_picture
 
 KINDS: dict[Role, tuple[str, str, str]] = {
@@ -19,6 +19,10 @@ KINDS: dict[Role, tuple[str, str, str]] = {
     "ensemble": ("ensembles", PURPLE, "^"),
 }
 """Of each role: what the legend calls it, colour and mark."""
+
+
+NEAR = 1.3
+"""Times that differ by a smaller factor share a column of names."""
 
 
 def accuracy_figure(uri: str, lines: Sequence[Line]) -> None:
@@ -49,33 +53,48 @@ def _points(axis: Axes, lines: Sequence[Line], title: str, colour: str, mark: st
 
 
 def _label(axis: Axes, lines: Sequence[Line]) -> None:
-    """A name right of each point; names that would lie upon one another are moved apart, and a line leads back."""
-    if not lines:
-        return
-    places = sorted(((line.scores["f2"].mean, line) for line in lines if line.scores["f2"]), key=lambda one: one[0])  # type: ignore[union-attr]
+    """Names beside their points: of points that cost about the same in a column right of them, a line leading back."""
     low, high = axis.get_ylim()
-    step = (high - low) / 26
-    taken: list[tuple[float, float]] = []
-    for value, line in places:
-        time, height = line.milliseconds or np.nan, value
-        while any(abs(height - other) < step and abs(np.log(time / where)) < 1.1 for where, other in taken):
-            height += step / 4
-        taken.append((time, height))
-        axis.annotate(
-            ROWS[line.name].title,
-            (time, value),
-            xytext=(time * 1.06, height),
-            va="center",
-            fontsize=8,
-            color=KINDS[line.role][1],
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#B0B0B0"} if height > value + step / 2 else None,
-        )
+    for group in groups_of(lines):
+        beside = max(line.milliseconds or 0.0 for line in group) * 1.09
+        values = [mean(line, "f2") for line in group]
+        for line, value, height in zip(group, values, spread(values, (high - low) / 27), strict=True):
+            time = line.milliseconds or np.nan
+            axis.annotate(
+                ROWS[line.name].title,
+                (time, value),
+                xytext=(beside, height),
+                va="center",
+                fontsize=8,
+                color=KINDS[line.role][1],
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#A0A0A0", "shrinkA": 0, "shrinkB": 4},
+            )
+
+
+def groups_of(lines: Sequence[Line]) -> list[list[Line]]:
+    """Lines whose times are near one another, each group by F2."""
+    groups: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: line.milliseconds or 0.0):
+        if groups and (line.milliseconds or 0.0) < NEAR * (groups[-1][-1].milliseconds or 0.0):
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return [sorted(group, key=lambda line: mean(line, "f2")) for group in groups]
+
+
+def spread(values: Sequence[float], step: float) -> list[float]:
+    """Heights in the order of `values`, ascending, at least `step` apart, and on average as high."""
+    heights: list[float] = []
+    for value in values:
+        heights.append(max(value, heights[-1] + step) if heights else value)
+    excess = float(np.mean(np.subtract(heights, values)))
+    return [height - excess for height in heights]
 
 
 def _finish(axis: Axes, lines: Sequence[Line]) -> None:
     times = [line.milliseconds for line in lines if line.milliseconds]
     if times:
-        axis.set_xlim(min(times) / 1.25, max(times) * 2.0)  # room for the names
+        axis.set_xlim(min(times) / 1.25, max(times) * 2.2)  # room for the names
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, short_hash
 from motor_ray.errors import ConfigError
 
-Training = Literal["ours", "retinanet", "fcos", "yolo"]
+Training = Literal["ours", "retinanet", "fcos", "yolo", "soup", "none"]
+"""Who learns what: 'soup' averages weights, 'none' only looks, with models of other rows."""
 
 Role = Literal["seed", "peer", "single", "light", "ensemble"]
 
@@ -25,7 +26,10 @@ class Row:
 
     training: Training = "ours"
     changes: Changes = field(default_factory=dict)
-    """Settings that differ from the seed's model's."""
+    """Settings that differ from the seed's model's, or from those of the first of `of`."""
+
+    of: tuple[str, ...] = ()
+    """Rows that are done before, with the same seed, because their models are used."""
 
 
 ROWS: dict[str, Row] = {
@@ -72,6 +76,28 @@ ROWS: dict[str, Row] = {
     ),
     "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
+    "tta": Row(
+        title="+ TTA",
+        role="ensemble",
+        training="none",
+        of=("seed",),
+        what="the seed's model looks at each frame eight times, mirrored, turned, and with other grey levels",
+        changes={"detect": {"tta": "full"}},
+    ),
+    "snapshot": Row(
+        title="+ snapshots",
+        role="ensemble",
+        what="three moments of one training with a cyclic learning rate answer together",
+        changes={"train": {"schedule": "cyclic", "cycles": 3}},
+    ),
+    "soup": Row(title="+ soup", role="single", training="soup", of=("snapshot",), what="their weights, averaged"),
+    "ensemble": Row(
+        title="+ model ensemble",
+        role="ensemble",
+        training="none",
+        of=("seed", "levels", "cbam"),
+        what="the seed's model, multi-scale and CBAM answer together",
+    ),
 }
 """In the order of the table."""
 
@@ -79,14 +105,28 @@ ROWS: dict[str, Row] = {
 def key_of(name: str, seed: int, sizes: Sizes) -> str:
     """Equal for a row and seed of which the result is the same."""
     row = ROWS[name]
-    return short_hash([sizes.key, name, row.training, merged({}, row.changes), seed])
+    return short_hash(
+        [sizes.key, name, row.training, merged({}, row.changes), seed, [key_of(one, seed, sizes) for one in row.of]]
+    )
+
+
+def changes_of(name: str) -> Changes:
+    """All settings in which a row differs from the seed's model."""
+    row = ROWS[name]
+    return merged(changes_of(row.of[0]) if row.of else {}, row.changes)
 
 
 def chosen(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The rows of these names in the table's order, all without any. Raises ConfigError for an unknown one."""
+    """The rows of these names and those that they need, in the table's order; all without any.
+
+    Raises ConfigError for an unknown one.
+    """
     if unknown := sorted(set(names) - set(ROWS)):
         raise ConfigError(f"--parts {unknown[0]}: bench accuracy has the rows {', '.join(ROWS)}")
-    return tuple(name for name in ROWS if name in names or not names)
+    wanted = set(names or ROWS)
+    for name in reversed(ROWS):  # what a row needs stands before it
+        wanted |= set(ROWS[name].of) if name in wanted else set()
+    return tuple(name for name in ROWS if name in wanted)
 
 
 def as_json(rows: Mapping[str, Row]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ result.json, last.
 """
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +21,17 @@ import torch
 from motor_ray.archive.plan import slab_of
 from motor_ray.bench.accuracy_archives import Archive, Sizes, archive, settings_of
 from motor_ray.bench.accuracy_peers import PeerLooker, PeerTrainee, load_peer
-from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, key_of
+from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, changes_of, key_of
 from motor_ray.bench.accuracy_scores import best_table, best_threshold, look_over, scores_of
-from motor_ray.bench.accuracy_training import Ours, Trainee, best_of, data_of, fit
+from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.timing import machine, time_in_turn
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint
+from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
 from motor_ray.detector.looks import Looker
 from motor_ray.distributed.loading import LoadSlab
-from motor_ray.distributed.scoring import Looking
+from motor_ray.distributed.scoring import Looking, images_of
+from motor_ray.distributed.soup import make_soup
 from motor_ray.motors.metrics import count_tomograms
 from motor_ray.storage import read_json, write_json
 
@@ -52,7 +55,12 @@ class Job(NamedTuple):
     @property
     def settings(self) -> RunSettings:
         """Of its training, and of how it looks."""
-        return settings_of(self.sizes, self.seed, self.row.changes)
+        return settings_of(self.sizes, self.seed, changes_of(self.name))
+
+    @property
+    def needs(self) -> list["Job"]:
+        """What must be done before."""
+        return [self._replace(name=name) for name in self.row.of]
 
     @property
     def folder(self) -> Path:
@@ -71,26 +79,37 @@ def run_row(job: Job) -> dict[str, Any]:
     """Train, look at all slices of validation and test, score; what result.json says."""
     started, settings = time.process_time(), job.settings
     train, validation, test = (archive(job.work, part, job.sizes) for part in ("train", "validation", "test"))
-    data = data_of(job.work, train, validation, settings)
-    history = fit(trainee_of(job, data), settings)
+    history, images = train_row(job, train, validation)
     trained = time.process_time()
     look = looking_of(job)
-    for part, where in (("validation", validation), ("test", test)):
-        look_over(where, look, settings, job.folder / part)
     runs = job.folder / "validation", job.folder / "test"
+    for where, run in zip((validation, test), runs, strict=True):
+        look_over(where, look, settings, run)
     return {
         "key": key_of(job.name, job.seed, job.sizes),
         "row": job.name,
         "seed": job.seed,
         "simulated": True,
         "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
-        "validation": {"f2": validation_f2(runs[0], validation), **slices_of(best_of(history))},
+        "validation": {"f2": validation_f2(runs[0], validation)},
         "parameters": parameters_of(job),
-        "training_images": len(data.train) * settings.train.epochs,
+        "training_images": images + sum(need.result["training_images"] for need in job.needs if need.result),
         "train_cpu_seconds": round(trained - started, 1),
         "look_cpu_seconds": round(time.process_time() - trained, 1),
         "history": [slices_of(line) for line in history],
     }
+
+
+def train_row(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
+    """Make the row's models, if it has any of its own; what each validation said, and how many frames were learned."""
+    if job.row.training == "none":
+        return [], 0
+    if job.row.training == "soup":
+        shutil.rmtree(job.folder / "best", ignore_errors=True)  # of a run that broke off
+        make_soup(models_of(job.needs[0]), str(job.folder / "best"), train.manifest, job.settings.archive)
+        return [], 0
+    data = data_of(job.work, train, validation, job.settings)
+    return fit(trainee_of(job, data), job.settings), len(data.train) * job.settings.train.epochs
 
 
 def slices_of(line: dict[str, Any]) -> dict[str, Any]:
@@ -104,11 +123,19 @@ def validation_f2(run: Path, archive: Archive) -> float | None:
     return count_tomograms(best, best_threshold(best), 1000.0).f_beta(2)
 
 
-def trainee_of(job: Job, data: Any) -> Trainee:
+def trainee_of(job: Job, data: Data) -> Trainee:
     """The detector that the row trains."""
     if job.row.training in PEERS:
         return PeerTrainee(job.row.training, job.settings, data, job.folder)
     return Ours(job.settings, data, job.folder)
+
+
+def models_of(job: Job) -> list[str]:
+    """The checkpoints that answer for a row that is no peer's."""
+    if job.row.training == "none":
+        return [model for need in job.needs for model in models_of(need)]
+    cyclic = job.settings.train.schedule == "cyclic" and job.row.training == "ours"
+    return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))
 
 
 def looking_of(job: Job, *, precise: bool = True) -> Looking:
@@ -117,16 +144,16 @@ def looking_of(job: Job, *, precise: bool = True) -> Looking:
     if job.row.training in PEERS:
         peer = load_peer(job.row.training, job.settings, job.folder)
         return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
-    return Looker(str(job.folder / "best"), detect, threads=1, compiled="off")
+    return Looker(models_of(job), detect, threads=1, compiled="off")
 
 
 def parameters_of(job: Job) -> int:
-    """Numbers that the row's detector learned."""
+    """Numbers that the row's detector learned, of all networks that answer."""
     if job.row.training in PEERS:
-        network: torch.nn.Module = load_peer(job.row.training, job.settings, job.folder)
+        networks: list[torch.nn.Module] = [load_peer(job.row.training, job.settings, job.folder)]
     else:
-        network = load_checkpoint(job.folder / "best")
-    return sum(parameter.numel() for parameter in network.parameters())
+        networks = [load_checkpoint(model) for model in models_of(job)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
 def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -150,11 +177,11 @@ def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def test_image(job: Job) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """``(1, channels, size, size)``: the middle slice of the first test tomogram as the row's detector takes it."""
-    row = archive(job.work, "test", job.sizes).manifest.to_pylist()[0]
-    loaded = LoadSlab(job.settings).load(slab_of(row, [row["size_z"] // 2]))
-    frames: np.ndarray[Any, np.dtype[np.uint8]] = loaded["frames"][loaded["channels"]][None, :, 0]
-    return frames
+    """The middle slice of the first test tomogram as the row's detector takes it, ``(1, channels, size, size)``."""
+    tomogram = archive(job.work, "test", job.sizes).manifest.to_pylist()[0]
+    load = LoadSlab(job.settings, contrasts=job.settings.detect.contrasts)
+    row = load.load(slab_of(tomogram, [tomogram["size_z"] // 2]))
+    return images_of(row, row["frames"], 1, job.settings)
 
 
 def as_json(jobs: Sequence[Job], what: str) -> dict[str, Any]:

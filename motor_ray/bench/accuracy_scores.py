@@ -43,7 +43,7 @@ def look_over(archive: Archive, look: Looking, settings: RunSettings, out: Path)
     """
     rows = archive.manifest.to_pylist()
     plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.slab_slices)
-    load, score = LoadSlab(settings), Scorer(settings, look)
+    load, score = LoadSlab(settings, contrasts=settings.detect.contrasts), Scorer(settings, look)
     slabs = pa.concat_tables([score(load(plan.slice(place, 1))) for place in range(len(plan))])
     statuses = set(slabs["slices"].combine_chunks().flatten().field("status").to_pylist())
     if statuses != {"ok"}:

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from motor_ray.distributed.learner import Judged, Learner, prepared
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import Samples, batches, deals, epoch_order
 from motor_ray.distributed.training import new_model, plan_part
-from motor_ray.distributed.training_loop import rank_of, validations_since_best
+from motor_ray.distributed.training_loop import validations_since_best
 from motor_ray.errors import UnfinishedError
 from motor_ray.motors.slice_metrics import slice_scores
 
@@ -69,11 +69,6 @@ def fit(trainee: Trainee, settings: RunSettings) -> list[Line]:
             trainee.keep(history[-1])
         trainee.end_epoch(history[-1])
     return history
-
-
-def best_of(history: Sequence[Line]) -> Line:
-    """The validation of the epoch that was kept."""
-    return max(history, key=rank_of)
 
 
 class Ours:

@@ -13,7 +13,7 @@ from motor_ray.bench import accuracy
 from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, settings_of
 from motor_ray.bench.accuracy_figure import accuracy_figure
 from motor_ray.bench.accuracy_peers import MARGIN, _Unclipped, build_peer, from_corners, narrow, to_corners
-from motor_ray.bench.accuracy_rows import ROWS, chosen, key_of
+from motor_ray.bench.accuracy_rows import ROWS, changes_of, chosen, key_of
 from motor_ray.bench.accuracy_run import Job, as_json, from_json
 from motor_ray.bench.accuracy_scores import best_threshold, false_positives
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
@@ -32,7 +32,7 @@ TINY = Sizes(
     box_angstrom=600.0,
     neck_channels=16,
     head_channels=8,
-    epochs=1,
+    epochs=3,
 )
 
 
@@ -167,9 +167,21 @@ def test_a_picture_is_drawn_of_what_there_is(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 0
 
 
+def test_what_a_row_needs_stands_before_it_and_is_run_with_it():
+    for name, row in ROWS.items():
+        assert set(row.of) <= set(list(ROWS)[: list(ROWS).index(name)])
+        assert set(row.of) <= set(chosen((name,)))
+    assert chosen(("soup",)) == ("snapshot", "soup")
+
+
+def test_a_row_of_another_has_its_settings():
+    assert changes_of("soup") == changes_of("snapshot")
+    assert changes_of("tta") == {"detect": {"tta": "full"}}
+
+
 def test_every_row_starts_from_random_weights_and_has_the_same_budget():
-    for row in ROWS.values():
-        settings = settings_of(Sizes(), 420, row.changes)
+    for name in ROWS:
+        settings = settings_of(Sizes(), 420, changes_of(name))
         assert settings.model.pretrained == "none"
         for name in ("epochs", "batch_size", "slices_per_motor", "negatives_per_positive", "empty_share"):
             assert getattr(settings.train, name) == getattr(settings_of(Sizes(), 420, {}).train, name)
