@@ -48,13 +48,14 @@ class Faulty:
 def faulty(
     endpoint: str,
     seed: int,
+    host: str = "127.0.0.1",
+    /,
     *,
     errors: float = 0.0,
     resets: float = 0.0,
     stalls: float = 0.0,
     truncations: float = 0.0,
     stall_seconds: float = 60.0,
-    host: str = "127.0.0.1",
 ) -> Iterator[Faulty]:
     """A proxy before `endpoint` that listens at the address `host` and fails these shares of the requests.
 

@@ -1,6 +1,7 @@
 """Several machines made of one, as far as the network is concerned: network namespaces, joined by a bridge."""
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def machines(names: list[str], network: str) -> Iterator[list[Machine]]:
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("takes root, and ip of the package iproute2, to make several machines of one")
     made = [Machine(name, f"{network}.{number}") for number, name in enumerate(names, 1)]
-    bridge = f"mr-{os.getpid()}"
+    bridge = f"mr-{secrets.token_hex(4)}"  # each time another: the kernel takes its time to remove the last ones
     try:
         for command in _plan(made, network, bridge):
             done = subprocess.run(command.split(), capture_output=True, text=True, check=False)

@@ -84,8 +84,9 @@ def room() -> Room:
     """What the connected cluster has now, or what its autoscaler may add, whichever is more."""
     now = ray.cluster_resources()  # type: ignore[no-untyped-call]
     later = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    most = {name: max(now.get(name, 0), later.get(name, 0)) for name in ("CPU", "GPU", "memory", "object_store_memory")}
-    return Room(*(int(amount) for amount in most.values()), possible_nodes())
+    names = ("CPU", "GPU", "memory", "object_store_memory")
+    cpus, gpus, memory, object_store = (int(max(now.get(name, 0), later.get(name, 0))) for name in names)
+    return Room(cpus, gpus, memory, object_store, possible_nodes())
 
 
 def plan_pools(room: Room, settings: DetectSettings, networks: int = 1) -> Pools:

@@ -21,11 +21,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from motor_ray.config import RunSettings
-from motor_ray.distributed.cluster import alive, connected, gpus, root_cause
+from motor_ray.distributed.cluster import alive, connected, gpus, holds, root_cause
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import Board
 from motor_ray.distributed.study import GOAL, Record, Study, Trial, changed
-from motor_ray.distributed.team import holds, require_team, slots_for, worker_resources
+from motor_ray.distributed.team import require_team, slots_for, worker_resources
 from motor_ray.distributed.training import read_metrics, train
 from motor_ray.errors import MotorRayError, UnfinishedError
 from motor_ray.progress import progress_bar

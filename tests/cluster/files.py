@@ -121,6 +121,7 @@ def nodes(cluster: Object, number: str) -> list[dict[str, float]]:
 
 
 def room(there: list[dict[str, float]]) -> Room:
-    """What nodes have together."""
+    """What nodes have together, and each."""
     names = ("CPU", "GPU", "memory", "object_store_memory")
-    return Room(*(int(sum(one[name] for one in there)) for name in names))
+    cpus, gpus, memory, object_store = (int(sum(one[name] for one in there)) for name in names)
+    return Room(cpus, gpus, memory, object_store, there)

@@ -16,11 +16,12 @@ from ray._private.label_utils import validate_node_label_syntax
 
 from motor_ray.cli import parse
 from motor_ray.config import DetectSettings, RunSettings, checked, settings_from
+from motor_ray.distributed.cluster import holds
 from motor_ray.distributed.job_file import entrypoint, read_job
 from motor_ray.distributed.preflight import TASKS, plan_pools
 from motor_ray.distributed.serve_environment import variables
 from motor_ray.distributed.serve_file import check_serve_file
-from motor_ray.distributed.team import READERS, holds
+from motor_ray.distributed.team import READERS
 from motor_ray.service.settings import ServeSettings, ServiceSettings
 from motor_ray.verbs.training import workers_from
 from tests.cluster import files

@@ -108,7 +108,8 @@ def test_a_gpu_counts_where_there_is_memory_for_its_scorer():
     scorers=st.none() | st.integers(1, 9),
 )
 def test_scorers_and_a_loader_that_are_planned_can_be_placed_on_the_nodes(nodes, scorers):
-    room = Room(*(sum(node[name] for node in nodes) for name in ("CPU", "GPU", "memory")), 10**9, nodes)
+    cpus, gpus, memory = (sum(node[name] for node in nodes) for name in ("CPU", "GPU", "memory"))
+    room = Room(cpus, gpus, memory, 10**9, nodes)
     try:
         pools = plan_pools(room, DetectSettings(scorers=scorers))
     except RunError:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from ray._private.state import GlobalState
-from ray._raylet import GcsClientOptions
+from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
 
 from motor_ray.client import Client
 from motor_ray.distributed.serve_environment import variables
@@ -100,7 +100,7 @@ def farm(s3, tmp_path: Path) -> Iterator[Farm]:
     names = ["head", *WORKERS]
     with ExitStack() as stack:
         there = stack.enter_context(machines([f"mr-{os.getpid()}-{name}" for name in names], NETWORK))
-        proxy = stack.enter_context(faulty(s3.endpoint, 0, host=f"{NETWORK}.254"))
+        proxy = stack.enter_context(faulty(s3.endpoint, 0, f"{NETWORK}.254"))
         (tmp_path / "disk").mkdir()
         farm = Farm(dict(zip(names, there, strict=True)), tmp_path / "disk", proxy.endpoint)
         try:

@@ -33,8 +33,8 @@ def labelled(s3, tmp_path: Path) -> Labelled:
     train = {"epochs": EPOCHS, "patience": EPOCHS, "checkpoint_steps": 4, "tensorboard": False, "tomograms": "end"}
     settings = settings_from(SMALL.model_dump() | {"train": SMALL.train.model_dump() | train})
     (tmp_path / "settings.yaml").write_text(settings.model_dump_json())
-    places = (join(folder, name) for name in ("archive", "labels.csv", "runs"))
-    return Labelled(*places, tmp_path / "settings.yaml")
+    archive, labels, runs = (join(folder, name) for name in ("archive", "labels.csv", "runs"))
+    return Labelled(archive, labels, runs, tmp_path / "settings.yaml")
 
 
 @pytest.fixture
