@@ -405,6 +405,31 @@ class EvaluateSettings(Settings):
     """A motor within this distance of the truth is a hit (the official metric)."""
 
 
+class CareSettings(Settings):
+    """Which labels deserve a second look."""
+
+    missing_score: float = Field(0.5, ge=0, le=1)
+    """A motor that scores this much and has no label is a likely missing one."""
+
+    wrong_score: float = Field(0.1, ge=0, le=1)
+    """A label is likely wrong if nothing near it scores this much on any slice."""
+
+    radius_angstrom: float = Field(1000.0, gt=0)
+    """A label and a detection within this distance may be of one motor."""
+
+    agree_angstrom: float = Field(300.0, gt=0)
+    """Farther apart than this they disagree about where it is; a motor is about 450 angstrom wide."""
+
+    tiles: int = Field(20, ge=1, le=100)
+    """Suspects on a page of the contact sheet."""
+
+    @model_validator(mode="after")
+    def _wrong_is_less_than_missing(self) -> "CareSettings":
+        if self.wrong_score > self.missing_score:
+            raise ValueError(f"wrong_score {self.wrong_score:g} must not exceed missing_score {self.missing_score:g}")
+        return self
+
+
 class RunSettings(Settings):
     """Every setting there is."""
 
@@ -419,6 +444,7 @@ class RunSettings(Settings):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    care: CareSettings = CareSettings()
 
     @model_validator(mode="after")
     def _frozen_statistics_come_from_somewhere(self) -> "RunSettings":
@@ -478,6 +504,9 @@ HOW_NOT_WHAT = {
 }
 """Settings that change how a detection runs, not what it finds: a run may go on with others."""
 
+AFTERWARDS = {"care"}
+"""Groups that neither training nor detection asks."""
+
 TRAIN_HOW_NOT_WHAT = {
     *(f"archive.{name}" for name in HOW_NOT_WHAT["archive"]),
     *(f"detect.{name}" for name in HOW_NOT_WHAT["detect"]),
@@ -494,12 +523,16 @@ def results_hash(settings: RunSettings) -> str:
     for group, names in HOW_NOT_WHAT.items():
         same = {name: getattr(getattr(usual, group), name) for name in names}
         groups[group] = getattr(settings, group).model_copy(update=same)
-    return settings_hash(settings.model_copy(update=groups))
+    return _hash(settings.model_copy(update=groups).model_dump(mode="json", exclude=AFTERWARDS))
 
 
 def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT."""
-    was, now = flat(there), flat(here)
+    """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT.
+
+    Nor do groups count that concern what is done AFTERWARDS.
+    """
+    was, now = ({group: own for group, own in values.items() if group not in AFTERWARDS} for values in (there, here))
+    was, now = flat(was), flat(now)
     return [
         f"{name} was {was.get(name)}, is {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
@@ -514,7 +547,11 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: Settings) -> str:
     """A short name for these settings: equal trees have equal hashes, on any machine."""
-    canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return _hash(settings.model_dump(mode="json"))
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

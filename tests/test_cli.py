@@ -83,6 +83,11 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
+        (
+            ["label-care", "--detections", "nowhere", "--labels", "a.csv", "--out", "o", "--archive", "a"]
+            + ["--manifest", "m"],
+            "give --archive or --manifest",
+        ),
         (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
     ],

@@ -7,6 +7,7 @@ import tyro
 from motor_ray.config import (
     ArchiveSettings,
     AugmentSettings,
+    CareSettings,
     DetectSettings,
     EvaluateSettings,
     FrameSettings,
@@ -71,6 +72,12 @@ class EvaluateFlags(Settings):
     """The settings that concern comparing with labels."""
 
     evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class CareFlags(ArchiveFlags):
+    """The settings that concern the care of labels."""
+
+    care: CareSettings = CareSettings()
 
 
 Unprefixed = tyro.conf.arg(name="")
