@@ -18,6 +18,7 @@ from motor_ray.verbs.flags import all_settings
 from motor_ray.verbs.training import workers_from
 
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
+CARE = ["label-care", "--detections", "nowhere", "--labels", "a.csv", "--out", "o"]
 
 
 @pytest.fixture
@@ -84,8 +85,7 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
         (
-            ["label-care", "--detections", "nowhere", "--labels", "a.csv", "--out", "o", "--archive", "a"]
-            + ["--manifest", "m"],
+            [*CARE, "--archive", "a", "--manifest", "m"],
             "give --archive or --manifest",
         ),
         (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
