@@ -405,6 +405,23 @@ class EvaluateSettings(Settings):
     """A motor within this distance of the truth is a hit (the official metric)."""
 
 
+class PretrainSettings(Settings):
+    """What a backbone is taught without labels: to say what the next slice shows, from one with parts hidden."""
+
+    slices_per_tomogram: int = Field(32, ge=1)
+    """At most this many slices of each tomogram, evenly spaced, are learned from."""
+
+    mask_share: float = Field(0.3, ge=0, lt=1)
+    """Share of the frame that is hidden; 0 leaves only the noise to be told from what is there."""
+
+    mask_pixels: int = Field(32, ge=4)
+    """Edge of a hidden patch in frame pixels."""
+
+    neighbour: int = Field(1, ge=1, le=64)
+    """How many slices away the slice is that is to be said. More where the noise of adjacent slices is alike, as in
+    tomograms that were filtered or interpolated along z."""
+
+
 class CareSettings(Settings):
     """Which labels deserve a second look."""
 
@@ -444,6 +461,7 @@ class RunSettings(Settings):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     care: CareSettings = CareSettings()
 
     @model_validator(mode="after")
@@ -504,8 +522,8 @@ HOW_NOT_WHAT = {
 }
 """Settings that change how a detection runs, not what it finds: a run may go on with others."""
 
-AFTERWARDS = {"care"}
-"""Groups that neither training nor detection asks."""
+APART = {"pretrain", "care"}
+"""Groups that neither the training of a detector nor detection asks."""
 
 TRAIN_HOW_NOT_WHAT = {
     *(f"archive.{name}" for name in HOW_NOT_WHAT["archive"]),
@@ -523,16 +541,18 @@ def results_hash(settings: RunSettings) -> str:
     for group, names in HOW_NOT_WHAT.items():
         same = {name: getattr(getattr(usual, group), name) for name in names}
         groups[group] = getattr(settings, group).model_copy(update=same)
-    return _hash(settings.model_copy(update=groups).model_dump(mode="json", exclude=AFTERWARDS))
+    return _hash(settings.model_copy(update=groups).model_dump(mode="json", exclude=APART))
 
 
-def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any], *, whole: bool = False) -> list[str]:
     """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT.
 
-    Nor do groups count that concern what is done AFTERWARDS.
+    Nor do groups count that stand APART, unless `whole`.
     """
-    was, now = ({group: own for group, own in values.items() if group not in AFTERWARDS} for values in (there, here))
-    was, now = flat(was), flat(now)
+    left_out = set() if whole else APART
+    was, now = (
+        flat({group: own for group, own in values.items() if group not in left_out}) for values in (there, here)
+    )
     return [
         f"{name} was {was.get(name)}, is {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
