@@ -418,8 +418,8 @@ class PretrainSettings(Settings):
     """Edge of a hidden patch in frame pixels."""
 
     neighbour: int = Field(1, ge=1, le=64)
-    """How many slices away the slice is that is to be said. More where the noise of adjacent slices is alike, as in
-    tomograms that were filtered or interpolated along z."""
+    """How many slices away the slice is that a network which sees one slice is to say. More where the noise of adjacent
+    slices is alike, as in tomograms that were filtered or interpolated along z."""
 
 
 class CareSettings(Settings):

@@ -7,9 +7,9 @@ Which sample comes when depends on the seed, the epoch and the samples alone, no
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,8 @@ from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.targets import Targets, box_on_frame, boxes_on_frame, draw_targets
 from motor_ray.tables import PLAN
+
+T = TypeVar("T")
 
 CLEARANCE_ANGSTROM = 500.0
 """A slice this far from every motor along z shows none of one; slices between reach and clearance are left out."""
@@ -212,11 +214,18 @@ def batches(
 
     A sample that cannot be read is replaced by the next that can. Raises RunError if there is none.
     """
+    return made_ahead(lambda group: _make_batch(samples, group, settings, epoch), groups, threads)
+
+
+def made_ahead(
+    make: Callable[[Sequence[int]], T], groups: Iterable[Sequence[int]], threads: int
+) -> Generator[T, None, None]:
+    """What `make` makes of each of the `groups`, in their order, some ahead in so many threads."""
     with ThreadPoolExecutor(threads, "batches") as pool:
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[T]] = deque()
         try:
             for group in groups:
-                ahead.append(pool.submit(_make_batch, samples, group, settings, epoch))
+                ahead.append(pool.submit(make, group))
                 if len(ahead) > threads:
                     yield ahead.popleft().result()
             while ahead:
@@ -236,7 +245,7 @@ def _make_batch(
     return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [sample.slice_id for sample in shown])
 
 
-def readable(samples: Sequence[Sample | None], place: int) -> Sample:
+def readable(samples: Sequence[T | None], place: int) -> T:
     """The sample at `place`, or the next that can be read. Raises RunError if none can."""
     for step in range(len(samples)):
         sample = samples[(place + step) % len(samples)]

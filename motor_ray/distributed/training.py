@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -200,8 +200,11 @@ def check_name(name: str) -> None:
         raise RunError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as first-try")
 
 
-def run_at(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """The run.json at `run_uri`, empty if there is none. Raises RunError if `run` may not go there."""
+def run_at(run_uri: str, run: dict[str, Any], *, resume: bool, whole: bool = False) -> dict[str, Any]:
+    """The run.json at `run_uri`, empty if there is none. Raises RunError if `run` may not go there.
+
+    With `whole`, settings that concern no detector must be the same, too.
+    """
     there = read_json(join(run_uri, "run.json")) if exists(join(run_uri, "run.json")) else None
     if there is None:
         if resume:
@@ -209,7 +212,7 @@ def run_at(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any]
         return {}
     if not resume:
         raise RunError(f"{run_uri}: a run of this name is there; give another --name, or --resume to go on with it")
-    if changed := settings_differences(there["settings"], run["settings"]):
+    if changed := settings_differences(there["settings"], run["settings"], whole=whole):
         raise RunError(f"{run_uri}: was started with other settings: {'; '.join(changed)}; resume with the same")
     if there["samples_hash"] != run["samples_hash"]:
         raise RunError(f"{run_uri}: was started with other labels or tomograms; resume with the same")
@@ -222,18 +225,24 @@ def fit(
     storage: str,
     name: str,
     workers: tuple[int, int],
-    callbacks: Sequence[UserCallback],
+    callbacks: Sequence[UserCallback] = (),
+    *,
+    work: Callable[[dict[str, Any]], None] = train_worker,
+    title: str = "training",
 ) -> None:
-    """Run the workers until they are done. Raises UnfinishedError with a worker's own words if they give up."""
+    """Run the workers, which each do `work`, until they are done.
+
+    Raises UnfinishedError with a worker's own words if they give up.
+    """
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
     files, folder = arrow_filesystem(storage)
     train, run_uri = settings.train, join(storage, name)
     fewest, most = workers
     frames = count_frames(read_table(join(run_uri, "plan_train.parquet")), settings)
-    with watched("training", frames * train.epochs, "frames") as board:
+    with watched(title, frames * train.epochs, "frames") as board:
         trainer = TorchTrainer(
-            train_worker,
+            work,
             train_loop_config={
                 "name": name,
                 "run_uri": run_uri,

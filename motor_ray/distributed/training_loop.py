@@ -7,13 +7,11 @@ import ray.train
 import torch
 from torch import nn
 
-from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from motor_ray.detector.model import Detector
 from motor_ray.distributed.collectives import AgreedError, gathered, share_buffers
 from motor_ray.distributed.learner import Learner, unwrap
 from motor_ray.distributed.loop import BATCH_THREADS, Loop
-from motor_ray.distributed.progress import Board
 from motor_ray.distributed.samples import Batch, Samples, batches
 from motor_ray.motors.slice_metrics import slice_scores
 from motor_ray.storage import join
@@ -28,13 +26,8 @@ class TrainingLoop(Loop[Batch]):
     goal = SCORES[0]
 
     learner: Learner
-
-    def __init__(
-        self, name: str, run_uri: str, settings: RunSettings, samples: Samples, held_out: Samples, board: Board
-    ) -> None:
-        super().__init__(name, run_uri, settings, samples, held_out, board)
-        self.samples: Samples = samples
-        self.held_out: Samples = held_out
+    samples: Samples
+    held_out: Samples
 
     def start(self) -> Detector:
         """The network that the run starts with."""

@@ -1,9 +1,9 @@
-"""What a network can learn from slices that nobody has labelled: parts of a slice are hidden, and it says what is there.
+"""What a network can learn from slices that nobody has labelled: to say what is there where parts are hidden.
 
-The truth it is compared with is the next slice, not the one that it sees. Adjacent slices show nearly the same structure
-while their noise is nearly independent, so that the best answer is the structure without the noise (Lehtinen et al. 2018,
-"Noise2Noise", arXiv 1803.04189; for tomograms Buchholz et al. 2019, "Cryo-CARE", arXiv 1810.05420), and hidden patches
-have to be filled in from what surrounds them (He et al. 2022, "Masked Autoencoders", arXiv 2111.06377).
+The truth it is compared with is the next slice, not the one that it sees. Adjacent slices show nearly the same
+structure while their noise is nearly independent, so that the best answer is the structure without the noise (Lehtinen
+et al. 2018, "Noise2Noise", arXiv 1803.04189; for tomograms Buchholz et al. 2019, "Cryo-CARE", arXiv 1810.05420), and
+hidden patches have to be filled in from what surrounds them (He et al. 2022, "Masked Autoencoders", arXiv 2111.06377).
 """
 
 from typing import NamedTuple

@@ -15,6 +15,7 @@ from motor_ray.config import (
     LossSettings,
     ModelSettings,
     PreprocessSettings,
+    PretrainSettings,
     RunSettings,
     Settings,
     TargetSettings,
@@ -66,6 +67,14 @@ class TrainFlags(FigureFlags):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class PretrainFlags(FigureFlags):
+    """The settings that concern pre-training."""
+
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    pretrain: PretrainSettings = PretrainSettings()
 
 
 class EvaluateFlags(Settings):
