@@ -27,7 +27,7 @@ from motor_ray.verbs.planning import Plan
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
 from motor_ray.verbs.submitting import Submit
-from motor_ray.verbs.training import Ablate, Pretrain, Train, Tune
+from motor_ray.verbs.training import Ablate, Pretrain, PseudoLabel, Train, Tune
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -44,6 +44,7 @@ VERBS: dict[str, type[Verb]] = {
     "ablate": Ablate,
     "tune": Tune,
     "pretrain": Pretrain,
+    "pseudo-label": PseudoLabel,
     "submit": Submit,
     "bench": Bench,
 }

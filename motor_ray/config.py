@@ -422,6 +422,31 @@ class PretrainSettings(Settings):
     slices is alike, as in tomograms that were filtered or interpolated along z."""
 
 
+class PseudoSettings(Settings):
+    """Which of a model's own findings it is taught as if they were labels."""
+
+    positive_score: float = Field(0.7, ge=0, le=1)
+    """A motor that scores this much is taken for one."""
+
+    min_slices: int = Field(4, ge=1)
+    """And must be seen on so many slices."""
+
+    negative_score: float = Field(0.2, ge=0, le=1)
+    """A tomogram whose best motor scores less is taken to hold none. In a tomogram with a sure motor, slices near one
+    that scores between the two are not learned from."""
+
+    share: float = Field(1.0, gt=0)
+    """Pseudo-labelled tomograms for each labelled one that is trained on, at most; also of those with a motor alone."""
+
+    @model_validator(mode="after")
+    def _scores_leave_room_for_doubt(self) -> "PseudoSettings":
+        if self.negative_score > self.positive_score:
+            raise ValueError(
+                f"negative_score {self.negative_score:g} must not exceed positive_score {self.positive_score:g}"
+            )
+        return self
+
+
 class CareSettings(Settings):
     """Which labels deserve a second look."""
 
@@ -462,6 +487,7 @@ class RunSettings(Settings):
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     pretrain: PretrainSettings = PretrainSettings()
+    pseudo: PseudoSettings = PseudoSettings()
     care: CareSettings = CareSettings()
 
     @model_validator(mode="after")
@@ -522,7 +548,7 @@ HOW_NOT_WHAT = {
 }
 """Settings that change how a detection runs, not what it finds: a run may go on with others."""
 
-APART = {"pretrain", "care"}
+APART = {"pretrain", "pseudo", "care"}
 """Groups that neither the training of a detector nor detection asks."""
 
 TRAIN_HOW_NOT_WHAT = {

@@ -4,7 +4,7 @@ Joins archive, slices and motors, which know nothing of one another.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -230,6 +230,6 @@ def draw_suspects(
     return pages
 
 
-def _suspect_title(row: Row) -> str:
+def _suspect_title(row: Mapping[Hashable, Any]) -> str:
     off = "" if np.isnan(row["distance_angstrom"]) else f", {row['distance_angstrom'] / 10:.0f} nm"
     return f"{row['rank']}. {row['kind']}, {row['score']:.2f}{off}\n{row['tomo_id']}, z = {row['z']:.0f}"

@@ -103,7 +103,7 @@ def test_the_check_of_the_data_draws_targets_that_fade_or_do_not(
 
 def with_slabs(run: str) -> str:
     """The slabs of a run that saw nothing on single slices, but could read all."""
-    slices = [
+    slices: list[dict[str, object]] = [
         {"z": z, "status": "ok", "error": None, "note": None, "presence": 0.0, "detections": []} for z in range(12)
     ]
     rows = [{"slab_id": f"{name}/0", "tomo_id": name, "slices": slices} for name in ("a", "b", "c")]

@@ -87,8 +87,8 @@ def puzzles_at(
     """The puzzles at `places`; one that cannot be read is replaced by the next that can."""
     shown = [readable(pictures, place) for place in places]
     made = [puzzle_of(picture, settings, epoch) for picture in shown]
-    stacked = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*made, strict=True)]
-    return Puzzles(*stacked, [picture.slice_id for picture in shown])
+    images, targets, masks, counted = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*made, strict=True))
+    return Puzzles(images, targets, masks, counted, [picture.slice_id for picture in shown])
 
 
 class Restorer(Optimisation[Puzzles]):

@@ -28,7 +28,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, 
 from ray.train.v2.api.validation_config import ValidationConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from motor_ray.archive.labels import Labels, Part, read_labels, split_tomograms, write_labels
+from motor_ray.archive.labels import Labels, Part, read_labels, split_labelled, write_labels
 from motor_ray.config import RunSettings, settings_differences
 from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
@@ -102,7 +102,7 @@ def train(
     run_uri = join(storage, name)
     tomograms = compare_tomograms(manifest, labels)
     manifest = with_labelled_spacing(manifest, labels)
-    split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.split_seed)
+    split = split_labelled(manifest["tomo_id"].to_pylist(), labels, settings.train.split_seed)
     plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in PARTS}
     run: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),

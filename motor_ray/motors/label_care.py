@@ -111,7 +111,7 @@ def find_suspects(
 
     Raises LabelsError if no tomogram is both labelled and looked at, MetricError if one has no voxel spacing.
     """
-    spacings = spacings_of(truth_tomograms).to_dict()
+    spacings = {str(name): float(value) for name, value in spacings_of(truth_tomograms).items()}
     places = {name: own[["z", "y", "x"]].to_numpy(np.float64) for name, own in truth_motors.groupby("tomo_id")}
     looked_at = set(slabs["tomo_id"].to_pylist())
     if not looked_at & spacings.keys():
@@ -195,7 +195,7 @@ def _found(motor: Floats) -> dict[str, Any]:
 
 def _suspicion(row: Row, recall: float, settings: CareSettings) -> float:
     if row["kind"] == "wrong":
-        return recall * (1 - row["score"])
+        return float(recall * (1 - row["score"]))
     share = row["distance_angstrom"] / settings.radius_angstrom if row["kind"] == "doubtful" else 1.0
     return float(row["score"] * share)
 

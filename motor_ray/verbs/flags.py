@@ -16,6 +16,7 @@ from motor_ray.config import (
     ModelSettings,
     PreprocessSettings,
     PretrainSettings,
+    PseudoSettings,
     RunSettings,
     Settings,
     TargetSettings,
@@ -67,6 +68,12 @@ class TrainFlags(FigureFlags):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class PseudoFlags(TrainFlags):
+    """The settings that concern pseudo-labels."""
+
+    pseudo: PseudoSettings = PseudoSettings()
 
 
 class PretrainFlags(FigureFlags):

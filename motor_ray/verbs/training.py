@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError
-from motor_ray.verbs.flags import PretrainFlags, Result, TrainFlags, Unprefixed, all_settings
+from motor_ray.verbs.flags import PretrainFlags, PseudoFlags, Result, TrainFlags, Unprefixed, all_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -203,6 +203,57 @@ class Pretrain(GoesOn):
         names = ("backbone", "epochs", "seconds", "tomograms", "slices", "best", "unread")
         unusable = failures["error"].to_pylist()
         return {name: run[name] for name in names} | {"unusable": unusable}, bool(run["unread"] or unusable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabel(OnLabels):
+    """Teach a detector what it is sure of on unlabelled tomograms, round by round."""
+
+    name: str
+    """Name of this run: its rounds are STORAGE/NAME/round-N, beside pseudo.json and report.md. The same command goes
+    on where it stopped."""
+
+    unlabelled: str | None = None
+    """Folder or s3:// prefix of unlabelled tomograms; those of --archive that the labels do not mention when not
+    given."""
+
+    rounds: int = 2
+    """Rounds of detecting, choosing and training; more may be asked for later."""
+
+    model: str | None = None
+    """Checkpoint to start with, in place of one that is trained on the labels alone."""
+
+    workers: str = "1"
+    """Processes that train together, or MIN:MAX, as for `train`."""
+
+    settings: Annotated[PseudoFlags, Unprefixed] = PseudoFlags()
+
+    def run(self) -> Result:
+        """Label and train."""
+        from motor_ray.archive.manifest import find_tomograms
+        from motor_ray.distributed.pseudo import pseudo_label
+        from motor_ray.tables import FAILURES
+
+        workers = workers_from(self.workers)
+        data = self.read()
+        others, failures = None, FAILURES.empty_table()
+        if self.unlabelled:
+            others, failures = find_tomograms(self.unlabelled, data.settings.archive)
+        run = pseudo_label(
+            data.manifest,
+            data.labels,
+            others,
+            failures,
+            data.settings,
+            self.storage,
+            self.name,
+            rounds=self.rounds,
+            workers=workers,
+            model=self.model,
+        )
+        unusable = [*data.unusable, *failures["error"].to_pylist()]
+        lost = unusable or any(one["failures"] for one in run["rounds"])
+        return {"model": run["model"], "rounds": run["rounds"], "unusable": unusable}, bool(lost)
 
 
 def workers_from(text: str) -> tuple[int, int]:
