@@ -75,7 +75,7 @@ def choose(
     come first when shuffled with `seed`, so that they are not all of one data set.
     """
     best: dict[str, float] = dict.fromkeys(sorted(tomo_ids), 0.0)
-    best.update(motors.groupby("tomo_id")["score"].max().to_dict())
+    best |= {str(name): float(score) for name, score in motors.groupby("tomo_id")["score"].max().items()}
     is_sure = (motors["score"] >= settings.positive_score) & (motors["n_slices"] >= settings.min_slices)
     sure = motors[is_sure]
     positives = list(sure.sort_values(["score", "tomo_id"], ascending=[False, True])["tomo_id"].drop_duplicates())
