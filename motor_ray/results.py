@@ -226,7 +226,7 @@ def draw_suspects(
     pages: list[str] = []
     while page := list[MotorsPanel](itertools.islice(panels, tiles)):
         pages.append(join(out, f"contact_{len(pages) + 1:02d}.png"))
-        motors_figure(pages[-1], page, SHEET_COLUMNS)
+        motors_figure(pages[-1], page, SHEET_COLUMNS, "labelled")
     return pages
 
 
