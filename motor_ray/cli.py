@@ -21,14 +21,14 @@ from motor_ray import __version__
 from motor_ray.config import RunSettings, Settings, read_tree
 from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
-from motor_ray.verbs.detection import Detect, Evaluate, Export
+from motor_ray.verbs.detection import Detect, Evaluate, Export, LabelCare
 from motor_ray.verbs.flags import Verb
 from motor_ray.verbs.mixing import Soup
 from motor_ray.verbs.planning import Plan
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
 from motor_ray.verbs.submitting import Submit
-from motor_ray.verbs.training import Ablate, Train, Tune
+from motor_ray.verbs.training import Ablate, Pretrain, PseudoLabel, Train, Tune
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
@@ -40,10 +40,13 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "export": Export,
     "figure": Figure,
+    "label-care": LabelCare,
     "serve": Serve,
     "ablate": Ablate,
     "tune": Tune,
     "soup": Soup,
+    "pretrain": Pretrain,
+    "pseudo-label": PseudoLabel,
     "submit": Submit,
     "bench": Bench,
 }
@@ -86,7 +89,7 @@ def parse(arguments: Sequence[str]) -> Verb:
 
 def overview() -> str:
     """What ``motor-ray --help`` says."""
-    lines = [f"  {name:10} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [f"  {name:12} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: motor-ray VERB [OPTIONS]",

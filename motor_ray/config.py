@@ -429,6 +429,73 @@ class EvaluateSettings(Settings):
     """A motor within this distance of the truth is a hit (the official metric)."""
 
 
+class PretrainSettings(Settings):
+    """What a backbone is taught without labels: to say what the next slice shows, from one with parts hidden."""
+
+    slices_per_tomogram: int = Field(32, ge=1)
+    """At most this many slices of each tomogram, evenly spaced, are learned from."""
+
+    mask_share: float = Field(0.3, ge=0, lt=1)
+    """Share of the frame that is hidden; 0 leaves only the noise to be told from what is there."""
+
+    mask_pixels: int = Field(32, ge=4)
+    """Edge of a hidden patch in frame pixels."""
+
+    neighbour: int = Field(1, ge=1, le=64)
+    """How many slices away the slice is that a network which sees one slice is to say. More where the noise of adjacent
+    slices is alike, as in tomograms that were filtered or interpolated along z."""
+
+
+class PseudoSettings(Settings):
+    """Which of a model's own findings it is taught as if they were labels."""
+
+    positive_score: float = Field(0.7, ge=0, le=1)
+    """A motor that scores this much is taken for one."""
+
+    min_slices: int = Field(4, ge=1)
+    """And must be seen on so many slices."""
+
+    negative_score: float = Field(0.2, ge=0, le=1)
+    """A tomogram whose best motor scores less is taken to hold none. In a tomogram with a sure motor, slices near one
+    that scores between the two are not learned from."""
+
+    share: float = Field(1.0, gt=0)
+    """Pseudo-labelled tomograms for each labelled one that is trained on, at most; also of those with a motor alone."""
+
+    @model_validator(mode="after")
+    def _scores_leave_room_for_doubt(self) -> "PseudoSettings":
+        if self.negative_score > self.positive_score:
+            raise ValueError(
+                f"negative_score {self.negative_score:g} must not exceed positive_score {self.positive_score:g}"
+            )
+        return self
+
+
+class CareSettings(Settings):
+    """Which labels deserve a second look."""
+
+    missing_score: float = Field(0.5, ge=0, le=1)
+    """A motor that scores this much and has no label is a likely missing one."""
+
+    wrong_score: float = Field(0.1, ge=0, le=1)
+    """A label is likely wrong if nothing near it scores this much on any slice."""
+
+    radius_angstrom: float = Field(1000.0, gt=0)
+    """A label and a detection within this distance may be of one motor."""
+
+    agree_angstrom: float = Field(300.0, gt=0)
+    """Farther apart than this they disagree about where it is; a motor is about 450 angstrom wide."""
+
+    tiles: int = Field(20, ge=1, le=100)
+    """Suspects on a page of the contact sheet."""
+
+    @model_validator(mode="after")
+    def _wrong_is_less_than_missing(self) -> "CareSettings":
+        if self.wrong_score > self.missing_score:
+            raise ValueError(f"wrong_score {self.wrong_score:g} must not exceed missing_score {self.missing_score:g}")
+        return self
+
+
 class RunSettings(Settings):
     """Every setting there is."""
 
@@ -443,6 +510,9 @@ class RunSettings(Settings):
     detect: DetectSettings = DetectSettings()
     link: LinkSettings = LinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    pseudo: PseudoSettings = PseudoSettings()
+    care: CareSettings = CareSettings()
 
     @model_validator(mode="after")
     def _frozen_statistics_come_from_somewhere(self) -> "RunSettings":
@@ -502,6 +572,9 @@ HOW_NOT_WHAT = {
 }
 """Settings that change how a detection runs, not what it finds: a run may go on with others."""
 
+APART = {"pretrain", "pseudo", "care"}
+"""Groups that neither the training of a detector nor detection asks."""
+
 TRAIN_HOW_NOT_WHAT = {
     *(f"archive.{name}" for name in HOW_NOT_WHAT["archive"]),
     *(f"detect.{name}" for name in HOW_NOT_WHAT["detect"]),
@@ -518,12 +591,18 @@ def results_hash(settings: RunSettings) -> str:
     for group, names in HOW_NOT_WHAT.items():
         same = {name: getattr(getattr(usual, group), name) for name in names}
         groups[group] = getattr(settings, group).model_copy(update=same)
-    return settings_hash(settings.model_copy(update=groups))
+    return _hash(settings.model_copy(update=groups).model_dump(mode="json", exclude=APART))
 
 
-def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT."""
-    was, now = flat(there), flat(here)
+def settings_differences(there: Mapping[str, Any], here: Mapping[str, Any], *, whole: bool = False) -> list[str]:
+    """What differs between two dumps of settings, such as "train.epochs was 10, is 20", but for TRAIN_HOW_NOT_WHAT.
+
+    Nor do groups count that stand APART, unless `whole`.
+    """
+    left_out = set() if whole else APART
+    was, now = (
+        flat({group: own for group, own in values.items() if group not in left_out}) for values in (there, here)
+    )
     return [
         f"{name} was {was.get(name)}, is {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
@@ -538,7 +617,11 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_hash(settings: Settings) -> str:
     """A short name for these settings: equal trees have equal hashes, on any machine."""
-    canonical = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return _hash(settings.model_dump(mode="json"))
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -4,22 +4,24 @@ Joins archive, slices and motors, which know nothing of one another.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from motor_ray.archive.labels import Labels
-from motor_ray.config import EvaluateSettings, RunSettings, settings_from
-from motor_ray.errors import ExportError, LabelsError, OutageError, RunError, StorageError
+from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, settings_from
+from motor_ray.errors import ConfigError, ExportError, LabelsError, OutageError, RunError, StorageError
 from motor_ray.motors.evaluate import evaluate
 from motor_ray.motors.export import PLACE, Format, chosen_motors, copick_config, export_files
-from motor_ray.motors.figures import dataset_check, motors_figure, validation_page
+from motor_ray.motors.figures import MotorsPanel, dataset_check, motors_figure, validation_page
+from motor_ray.motors.label_care import KINDS, find_suspects
 from motor_ray.motors.matching import outcomes
-from motor_ray.storage import absolute, exists, join, read_json, read_table, write_bytes
+from motor_ray.storage import absolute, exists, join, read_json, read_table, write_bytes, write_table
 from motor_ray.views import box_edges, check_row, close_ups, motors_panel
 
 Row = dict[str, Any]
@@ -28,6 +30,9 @@ WRITERS = 16
 """Files that are written at a time."""
 
 COPICK_CONFIG = "copick_config.json"
+
+SHEET_COLUMNS = 4
+"""Suspects in a row of the contact sheet."""
 
 
 def evaluate_run(detections: str, labels: Labels, settings: EvaluateSettings) -> Row:
@@ -152,3 +157,79 @@ def draw_validation(
     counts = {name: len(group) for name, group in came._asdict().items()}
     validation_page(out, found, missed, false, counts)
     return counts
+
+
+def care_for_labels(
+    manifest: pa.Table | None, labels: Labels, detections: str, out: str, settings: CareSettings
+) -> Row:
+    """Which labels the run under `detections` contradicts, as tables and a contact sheet in the folder `out`.
+
+    Written are suspects.parquet, suspects.csv and contact_01.png, ..., most suspicious first. Pictures are of the
+    tomograms of `manifest`, else of where the run found them; a suspect whose slice cannot be read has none.
+
+    Returns how many there are of each kind, and where. Raises RunError if there is no finished run, ConfigError if it
+    kept too few detections to tell which labels it does not see, ExportError if `out` is there already, LabelsError if
+    no tomogram is both labelled and looked at.
+    """
+    run = run_settings(detections)
+    if settings.wrong_score < run.detect.score_threshold:
+        raise ConfigError(
+            f"care.wrong_score {settings.wrong_score:g}: the run kept no detections below "
+            f"{run.detect.score_threshold:g}; give --care.wrong-score {run.detect.score_threshold:g}, or detect again "
+            f"with --detect.score-threshold {settings.wrong_score:g}"
+        )
+    if exists(out):
+        raise ExportError(f"{out}: is there already, and nothing is overwritten; remove it or give another --out")
+    motors = read_table(join(detections, "motors.parquet"))
+    table, counts = find_suspects(
+        read_table(join(detections, "slabs")),
+        motors,
+        labels.motors,
+        labels.tomograms,
+        reach_angstrom=run.targets.reach_angstrom,
+        settings=settings,
+    )
+    write_table(table, join(out, "suspects.parquet"))
+    write_bytes(join(out, "suspects.csv"), table.to_pandas().to_csv(index=False, lineterminator="\n").encode())
+    rows = manifest if manifest is not None else read_table(join(detections, "tomograms.parquet"))
+    marked = motors.filter(pc.greater_equal(motors["score"], settings.wrong_score)).to_pandas()
+    sheets = draw_suspects(table.to_pandas(), rows, labels, marked, run, out, settings.tiles)
+    return {
+        "out": out,
+        "suspects": {kind: counts[kind] for kind in KINDS},
+        **{name: count for name, count in counts.items() if name not in KINDS},
+        "table": join(out, "suspects.csv"),
+        "sheets": sheets,
+    }
+
+
+def draw_suspects(
+    suspects: pd.DataFrame,
+    manifest: pa.Table,
+    labels: Labels,
+    found: pd.DataFrame,
+    settings: RunSettings,
+    out: str,
+    tiles: int,
+) -> list[str]:
+    """Draw the SUSPECTS, in their order and `tiles` to a page, with the motors `found` around them; URIs of the pages.
+
+    Passed over are those whose tomogram is not in `manifest` or whose slice cannot be read.
+    """
+    rows = {row["tomo_id"]: row for row in manifest.to_pylist()}
+    there = suspects[suspects["tomo_id"].isin(rows.keys())]
+    panels = (
+        panel._replace(title=_suspect_title(row))
+        for place, row in enumerate(there.to_dict("records"))
+        for panel in close_ups(there.iloc[[place]], rows, labels, found, settings)
+    )
+    pages: list[str] = []
+    while page := list[MotorsPanel](itertools.islice(panels, tiles)):
+        pages.append(join(out, f"contact_{len(pages) + 1:02d}.png"))
+        motors_figure(pages[-1], page, SHEET_COLUMNS, "labelled")
+    return pages
+
+
+def _suspect_title(row: Mapping[Hashable, Any]) -> str:
+    off = "" if np.isnan(row["distance_angstrom"]) else f", {row['distance_angstrom'] / 10:.0f} nm"
+    return f"{row['rank']}. {row['kind']}, {row['score']:.2f}{off}\n{row['tomo_id']}, z = {row['z']:.0f}"

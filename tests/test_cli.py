@@ -19,6 +19,7 @@ from motor_ray.verbs.flags import all_settings
 from motor_ray.verbs.training import workers_from
 
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
+CARE = ["label-care", "--detections", "nowhere", "--labels", "a.csv", "--out", "o"]
 
 
 @pytest.fixture
@@ -97,6 +98,10 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["detect", "--model", "m", "--out", "o"], "give either --archive or --manifest"),
         (["manifest", "--archive", "nowhere", "--out", "m.parquet"], "nowhere"),
         (["evaluate", "--detections", "nowhere", "--labels", "a.csv"], "a.csv: cannot be read"),
+        (
+            [*CARE, "--archive", "a", "--manifest", "m"],
+            "give --archive or --manifest",
+        ),
         (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
     ],

@@ -12,11 +12,11 @@ import pytest
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.volumes import write_volume
-from motor_ray.config import EvaluateSettings, RunSettings, settings_from
-from motor_ray.errors import RunError
-from motor_ray.results import draw_dataset_check, draw_validation
-from motor_ray.storage import join, write_json, write_table
-from motor_ray.tables import MOTORS
+from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, settings_from
+from motor_ray.errors import ConfigError, ExportError, RunError
+from motor_ray.results import care_for_labels, draw_dataset_check, draw_validation
+from motor_ray.storage import join, read_table, write_json, write_table
+from motor_ray.tables import MOTORS, SLABS
 
 SHAPE, SPACING = (12, 64, 80), 50.0
 TRUTH = {"a": [(3.0, 20.0, 30.0), (9.0, 50.0, 70.0)], "b": [(6.0, 10.0, 10.0)], "c": [], "other": [(1.0, 1.0, 1.0)]}
@@ -99,3 +99,46 @@ def test_the_check_of_the_data_draws_targets_that_fade_or_do_not(
     drawn = draw_dataset_check(manifest, labels, settings, str(tmp_path / "check.png"))
     assert drawn["tomograms"][0] == "c"
     assert height_of(tmp_path / "check.png") > 500
+
+
+def with_slabs(run: str) -> str:
+    """The slabs of a run that saw nothing on single slices, but could read all."""
+    slices: list[dict[str, object]] = [
+        {"z": z, "status": "ok", "error": None, "note": None, "presence": 0.0, "detections": []} for z in range(12)
+    ]
+    rows = [{"slab_id": f"{name}/0", "tomo_id": name, "slices": slices} for name in ("a", "b", "c")]
+    write_table(pa.Table.from_pylist(rows, SLABS), join(run, "slabs", "0.parquet"))
+    return run
+
+
+def test_suspect_labels_are_listed_and_drawn_page_by_page(manifest: pa.Table, labels: Labels, tmp_path: Path) -> None:
+    run, out = with_slabs(finished_run(tmp_path / "run", manifest)), tmp_path / "care"
+    care = CareSettings(missing_score=0.35, radius_angstrom=300, agree_angstrom=80, tiles=2)
+    result = care_for_labels(None, labels, run, str(out), care)
+    assert result["suspects"] == {"missing": 2, "wrong": 1, "doubtful": 1}
+    assert (result["labels"], result["found"], result["not_looked_at"]) == (3, 2, 1)
+    table = read_table(join(str(out), "suspects.parquet"))
+    assert table["kind"].to_pylist() == ["missing", "wrong", "missing", "doubtful"]
+    assert pd.read_csv(out / "suspects.csv")["tomo_id"].tolist() == table["tomo_id"].to_pylist()
+    assert result["sheets"] == [join(str(out), f"contact_0{page}.png") for page in (1, 2)]
+    assert height_of(out / "contact_01.png") > 300
+    with pytest.raises(ExportError, match="is there already"):
+        care_for_labels(manifest, labels, run, str(out), care)
+
+
+def test_suspects_on_slices_that_cannot_be_read_are_listed_and_not_drawn(
+    manifest: pa.Table, labels: Labels, tmp_path: Path
+) -> None:
+    run = with_slabs(finished_run(tmp_path / "run", manifest, [("c", 3, 22, 30, 0.9)]))
+    (tmp_path / "archive" / "c" / "slice_0003.jpg").unlink()
+    none = labels.motors.iloc[:0]
+    result = care_for_labels(manifest, Labels(labels.tomograms, none), run, str(tmp_path / "care"), CareSettings())
+    assert (result["suspects"]["missing"], result["sheets"]) == (1, [])
+
+
+def test_a_run_that_kept_too_little_cannot_say_which_labels_it_does_not_see(
+    manifest: pa.Table, labels: Labels, tmp_path: Path
+) -> None:
+    run = with_slabs(finished_run(tmp_path / "run", manifest))
+    with pytest.raises(ConfigError, match=r"kept no detections below 0\.1; give --care\.wrong-score 0\.1, or detect"):
+        care_for_labels(manifest, labels, run, str(tmp_path / "care"), CareSettings(wrong_score=0.05))

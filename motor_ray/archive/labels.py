@@ -6,7 +6,7 @@ It knows the table only; that the tomograms exist is the manifest's business.
 import io
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -45,6 +45,12 @@ class Labels:
     motors: pd.DataFrame
     """One row per motor: tomo_id, z, y, x in voxels."""
 
+    guessed: frozenset[str] = frozenset()
+    """Tomograms whose motors a model says and nobody looked at: to be learned from, never to judge by."""
+
+    doubtful: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=MOTOR_COLUMNS))
+    """Places that may be motors or not: tomo_id, z, y, x in voxels. Slices near one are not learned from."""
+
     def spacing_of(self, tomo_id: str) -> float:
         """The tomogram's voxel spacing in angstrom. Raises LabelsError for one that the labels do not mention."""
         known = self.tomograms.loc[self.tomograms["tomo_id"] == tomo_id, "voxel_spacing_angstrom"]
@@ -61,7 +67,15 @@ class Labels:
         Raises LabelsError for a tomogram that the labels do not mention: nothing is known about it.
         """
         self.spacing_of(tomo_id)
-        return self.motors.loc[self.motors["tomo_id"] == tomo_id, ["z", "y", "x"]].to_numpy(np.float64)
+        return _places(self.motors, tomo_id)
+
+    def doubtful_of(self, tomo_id: str) -> np.ndarray:
+        """`(n, 3)` float64 positions z, y, x in voxels, of what may be a motor or not."""
+        return _places(self.doubtful, tomo_id)
+
+
+def _places(table: pd.DataFrame, tomo_id: str) -> np.ndarray:
+    return table.loc[table["tomo_id"] == tomo_id, ["z", "y", "x"]].to_numpy(np.float64)
 
 
 def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
@@ -118,6 +132,31 @@ def split_tomograms(tomo_ids: Iterable[str], seed: int = 420) -> dict[Part, list
     validation, test = (tenth, tenth) if len(ids) >= 3 else (max(0, len(ids) - 1), 0)
     train = len(ids) - validation - test
     return {"train": ids[:train], "validation": ids[train : train + validation], "test": ids[train + validation :]}
+
+
+def split_labelled(tomo_ids: Iterable[str], labels: Labels, seed: int) -> dict[Part, list[str]]:
+    """`split_tomograms` of those that somebody labelled; those whose labels are guessed are all for training.
+
+    So guesses change neither what a model is validated with nor what is left alone.
+    """
+    ids = set(tomo_ids)
+    split = split_tomograms(ids - labels.guessed, seed)
+    return split | {"train": split["train"] + sorted(ids & labels.guessed)}
+
+
+def with_guesses(labels: Labels, guesses: Labels) -> Labels:
+    """`labels` and those that a model guessed, of other tomograms. Raises LabelsError if a tomogram is in both."""
+    if both := sorted(set(labels.tomograms["tomo_id"]) & set(guesses.tomograms["tomo_id"])):
+        raise LabelsError(f"{both[0]}: is labelled already; a guess must not take a label's place")
+    tomograms, motors, doubtful = (
+        pd.concat([ours, theirs], ignore_index=True) if len(theirs) else ours
+        for ours, theirs in (
+            (labels.tomograms, guesses.tomograms),
+            (labels.motors, guesses.motors),
+            (guesses.doubtful, labels.doubtful),
+        )
+    )
+    return Labels(tomograms, motors, labels.guessed | set(guesses.tomograms["tomo_id"]), doubtful)
 
 
 def _parse(cells: pd.DataFrame, uri: str) -> pd.DataFrame:

@@ -60,6 +60,12 @@ def find_tomograms(archive_uri: str, settings: ArchiveSettings) -> tuple[pa.Tabl
     return _sorted(rows, MANIFEST), _sorted(failures, FAILURES)
 
 
+def join_manifests(first: pa.Table, second: pa.Table) -> pa.Table:
+    """One MANIFEST of two archives. Raises ManifestError if they use a name for different tomograms."""
+    _check_names([*first.to_pylist(), *second.to_pylist()], "the two archives together")
+    return pa.concat_tables([first, second]).sort_by("tomo_id")
+
+
 def check_usable(manifest: pa.Table, unusable: pa.Table) -> None:
     """Raises ManifestError, with the reasons, if there is no tomogram to look at."""
     if len(manifest) == 0:

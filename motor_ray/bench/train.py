@@ -34,7 +34,8 @@ from motor_ray.demo import simulate
 from motor_ray.detector.device import autocast_dtype, pick_device
 from motor_ray.detector.losses import detection_loss
 from motor_ray.detector.model import Detector, build_model, standardise
-from motor_ray.distributed.learner import Learner, prepared
+from motor_ray.distributed.learner import Learner
+from motor_ray.distributed.optimisation import prepared
 from motor_ray.distributed.samples import Batch
 from motor_ray.distributed.training import read_metrics, train
 from motor_ray.errors import MotorRayError, RunError, UnfinishedError

@@ -18,7 +18,10 @@ from pydantic import Field
 from motor_ray.config import Settings, read_tree
 from motor_ray.errors import ConfigError
 
-STARTED_AGAIN = {"train": "--or-resume", "ablate": "--or-resume", "tune": "--or-resume", "detect": None}
+STARTED_AGAIN = {
+    **dict.fromkeys(("train", "ablate", "tune", "pretrain"), "--or-resume"),
+    **dict.fromkeys(("detect", "pseudo-label"), None),
+}
 """Verbs that go on where they stopped when they are started again, and the option that it takes."""
 
 SETTINGS = "settings.yaml"

@@ -7,9 +7,9 @@ Which sample comes when depends on the seed, the epoch and the samples alone, no
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,8 @@ from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.targets import Targets, box_on_frame, boxes_on_frame, draw_targets
 from motor_ray.tables import PLAN
+
+T = TypeVar("T")
 
 CLEARANCE_ANGSTROM = 500.0
 """A slice this far from every motor along z shows none of one; slices between reach and clearance are left out."""
@@ -74,6 +76,7 @@ def with_labelled_spacing(manifest: pa.Table, labels: Labels) -> pa.Table:
 def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings, seed: int) -> pa.Table:
     """A PLAN of single slices to learn from: slices near motors, and slices without one in the asked ratio.
 
+    Slices near what is doubtful are left out.
     Where there are too few slices of tomograms without motor, or too few far from one, the others make up for them.
     The same manifest, labels, settings and seed give the same slices in the same order.
     """
@@ -82,7 +85,7 @@ def sample_plan(manifest: pa.Table, labels: Labels, settings: RunSettings, seed:
     empty: list[dict[str, Any]] = []
     for tomogram in manifest.to_pylist():
         motors = labels.motors_of(tomogram["tomo_id"])
-        with_motor, without = _slices_of(tomogram, motors, settings)
+        with_motor, without = _slices_of(tomogram, motors, labels.doubtful_of(tomogram["tomo_id"]), settings)
         shown += [slab_of(tomogram, [z]) for z in with_motor]
         (far if len(motors) else empty).extend(slab_of(tomogram, [z]) for z in without)
     wanted = min(len(far) + len(empty), round(len(shown) * settings.train.negatives_per_positive))
@@ -97,17 +100,22 @@ def _some(rows: list[dict[str, Any]], number: int, rng: np.random.Generator) -> 
 
 
 def _slices_of(
-    tomogram: dict[str, Any], motors: NDArray[np.float64], settings: RunSettings
+    tomogram: dict[str, Any], motors: NDArray[np.float64], doubtful: NDArray[np.float64], settings: RunSettings
 ) -> tuple[list[int], list[int]]:
-    """The z of slices that show a motor, thinned evenly per motor, and of those clearly away from any."""
+    """The z of slices that show a motor, thinned evenly per motor, and of those clearly away from any.
+
+    Slices that show something `doubtful` are neither, nor are those without a motor that are not clearly away from it.
+    """
     spacing, zs = tomogram["voxel_spacing_angstrom"], np.arange(tomogram["size_z"])
-    distances = np.abs(zs[:, None] - motors[None, :, 0]) * spacing  # (z, motor)
+    distances, unsure = (np.abs(zs[:, None] - some[None, :, 0]) * spacing for some in (motors, doubtful))  # (z, motor)
+    clear = (unsure > settings.targets.reach_angstrom).all(axis=1)
     shown: set[int] = set()
     for near in settings.targets.reach_angstrom >= distances.T:
-        reached = np.flatnonzero(near)
+        reached = np.flatnonzero(near & clear)
         keep = np.linspace(0, len(reached) - 1, min(len(reached), settings.train.slices_per_motor))
         shown |= set(reached[np.rint(keep).astype(int)].tolist())
-    return sorted(shown), np.flatnonzero((distances > CLEARANCE_ANGSTROM).all(axis=1)).tolist()
+    far = np.hstack([distances, unsure]) > CLEARANCE_ANGSTROM
+    return sorted(shown), np.flatnonzero(far.all(axis=1)).tolist()
 
 
 class Frames(Protocol):
@@ -212,11 +220,18 @@ def batches(
 
     A sample that cannot be read is replaced by the next that can. Raises RunError if there is none.
     """
+    return made_ahead(lambda group: _make_batch(samples, group, settings, epoch), groups, threads)
+
+
+def made_ahead(
+    make: Callable[[Sequence[int]], T], groups: Iterable[Sequence[int]], threads: int
+) -> Generator[T, None, None]:
+    """What `make` makes of each of the `groups`, in their order, some ahead in so many threads."""
     with ThreadPoolExecutor(threads, "batches") as pool:
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[T]] = deque()
         try:
             for group in groups:
-                ahead.append(pool.submit(_make_batch, samples, group, settings, epoch))
+                ahead.append(pool.submit(make, group))
                 if len(ahead) > threads:
                     yield ahead.popleft().result()
             while ahead:
@@ -236,7 +251,7 @@ def _make_batch(
     return Batch(images, Targets(*map(torch.stack, zip(*drawn, strict=True))), [sample.slice_id for sample in shown])
 
 
-def readable(samples: Sequence[Sample | None], place: int) -> Sample:
+def readable(samples: Sequence[T | None], place: int) -> T:
     """The sample at `place`, or the next that can be read. Raises RunError if none can."""
     for step in range(len(samples)):
         sample = samples[(place + step) % len(samples)]

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from motor_ray.archive.labels import Labels, split_tomograms
+from motor_ray.archive.labels import Labels, split_labelled
 from motor_ray.config import RunSettings, settings_differences, settings_from
 from motor_ray.distributed.samples import with_labelled_spacing
 from motor_ray.distributed.training import check_name, new_model, plan_part, read_metrics
@@ -116,7 +116,7 @@ def require_trainable(study: Study, planned: Iterable[Trial]) -> None:
     for trial in planned:
         changed(study.settings, trial.changes)
     manifest = with_labelled_spacing(study.manifest, study.labels)
-    split = split_tomograms(manifest["tomo_id"].to_pylist(), study.settings.train.split_seed)
+    split = split_labelled(manifest["tomo_id"].to_pylist(), study.labels, study.settings.train.split_seed)
     for part in ("train", "validation"):
         plan_part(manifest, study.labels, study.settings, split[part], part)
     new_model(study.settings)

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +28,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, 
 from ray.train.v2.api.validation_config import ValidationConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from motor_ray.archive.labels import Labels, Part, read_labels, split_tomograms, write_labels
+from motor_ray.archive.labels import Labels, Part, read_labels, split_labelled, write_labels
 from motor_ray.config import RunSettings, settings_differences
 from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
@@ -103,7 +103,7 @@ def train(
     run_uri = join(storage, name)
     tomograms = compare_tomograms(manifest, labels)
     manifest = with_labelled_spacing(manifest, labels)
-    split = split_tomograms(manifest["tomo_id"].to_pylist(), settings.train.split_seed)
+    split = split_labelled(manifest["tomo_id"].to_pylist(), labels, settings.train.split_seed)
     plans = {part: plan_part(manifest, labels, settings, split[part], part) for part in PARTS}
     run: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
@@ -202,8 +202,11 @@ def check_name(name: str) -> None:
         raise RunError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', such as first-try")
 
 
-def run_at(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """The run.json at `run_uri`, empty if there is none. Raises RunError if `run` may not go there."""
+def run_at(run_uri: str, run: dict[str, Any], *, resume: bool, whole: bool = False) -> dict[str, Any]:
+    """The run.json at `run_uri`, empty if there is none. Raises RunError if `run` may not go there.
+
+    With `whole`, settings that concern no detector must be the same, too.
+    """
     there = read_json(join(run_uri, "run.json")) if exists(join(run_uri, "run.json")) else None
     if there is None:
         if resume:
@@ -211,7 +214,7 @@ def run_at(run_uri: str, run: dict[str, Any], *, resume: bool) -> dict[str, Any]
         return {}
     if not resume:
         raise RunError(f"{run_uri}: a run of this name is there; give another --name, or --resume to go on with it")
-    if changed := settings_differences(there["settings"], run["settings"]):
+    if changed := settings_differences(there["settings"], run["settings"], whole=whole):
         raise RunError(f"{run_uri}: was started with other settings: {'; '.join(changed)}; resume with the same")
     if there["samples_hash"] != run["samples_hash"]:
         raise RunError(f"{run_uri}: was started with other labels or tomograms; resume with the same")
@@ -224,18 +227,24 @@ def fit(
     storage: str,
     name: str,
     workers: tuple[int, int],
-    callbacks: Sequence[UserCallback],
+    callbacks: Sequence[UserCallback] = (),
+    *,
+    work: Callable[[dict[str, Any]], None] = train_worker,
+    title: str = "training",
 ) -> None:
-    """Run the workers until they are done. Raises UnfinishedError with a worker's own words if they give up."""
+    """Run the workers, which each do `work`, until they are done.
+
+    Raises UnfinishedError with a worker's own words if they give up.
+    """
     for variable, value in PATIENCE.items():
         os.environ.setdefault(variable, value)
     files, folder = arrow_filesystem(storage)
     train, run_uri = settings.train, join(storage, name)
     fewest, most = workers
     frames = count_frames(read_table(join(run_uri, "plan_train.parquet")), settings)
-    with watched("training", frames * train.epochs, "frames") as board:
+    with watched(title, frames * train.epochs, "frames") as board:
         trainer = TorchTrainer(
-            train_worker,
+            work,
             train_loop_config={
                 "name": name,
                 "run_uri": run_uri,

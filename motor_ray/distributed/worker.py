@@ -6,7 +6,7 @@ Every collective call here is made by all workers, the same number of times.
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +50,16 @@ class Job(NamedTuple):
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train together with the other workers until done, or no longer better, or there is a reason to give up."""
-    job = Job(**config)
+    guarded(Job(**config), run)
+
+
+def guarded(job: Job, work: Callable[[Job], None]) -> None:
+    """Do a worker's part of the run, and tell the board why if it cannot be done."""
     torch.set_num_threads(job.settings.train.worker_cpus)
     if job.board.read().reason:
         return  # Ray tries again after any error, but it would only happen again
     try:
-        run(job)
+        work(job)
     except OutageError:
         raise
     except AgreedError as error:
@@ -66,7 +70,15 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def run(job: Job) -> None:
-    """One worker's part of the run."""
+    """One worker's part of the training of a detector."""
+    plans, store = stored(job)
+    labels = read_labels(join(job.run_uri, "labels.csv"))
+    samples, held_out = (Samples(plan, labels, job.settings, store) for plan in plans)
+    TrainingLoop(job.name, job.run_uri, job.settings, samples, held_out, job.board).run()
+
+
+def stored(job: Job) -> tuple[list[pa.Table], FrameStore]:
+    """The plans of the run's PARTS, and their frames on this node's disk; what cannot be read is written down."""
     plans = [read_table(join(job.run_uri, f"plan_{part}.parquet")) for part in PARTS]
     store = node_frames(job, pa.concat_tables(plans))
     # What one node could not read no worker takes: they must agree about the samples.
@@ -75,9 +87,7 @@ def run(job: Job) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         rows = [unread[slab_id] for slab_id in sorted(unread)]
         write_table(pa.Table.from_pylist(rows, schema=FAILURES), join(job.run_uri, "failures.parquet"))
-    labels = read_labels(join(job.run_uri, "labels.csv"))
-    samples, held_out = (Samples(plan, labels, job.settings, store) for plan in plans)
-    TrainingLoop(job.name, job.run_uri, job.settings, samples, held_out, job.board).run()
+    return plans, store
 
 
 def node_frames(job: Job, plan: pa.Table) -> FrameStore:

@@ -105,8 +105,10 @@ def dataset_check(uri: str, rows: Sequence[CheckRow]) -> None:
     write_picture(uri, figure)
 
 
-def motors_figure(uri: str, panels: Sequence[MotorsPanel], columns: int = 3) -> None:
+def motors_figure(uri: str, panels: Sequence[MotorsPanel], columns: int = 3, crosses: str = "true") -> None:
     """Write a PNG with a grid of slices, found motors circled with their score and true ones crossed.
+
+    `crosses` is what the crosses are said to be.
 
     Raises ValueError without panels, StorageError if `uri` cannot be written.
     """
@@ -122,7 +124,7 @@ def motors_figure(uri: str, panels: Sequence[MotorsPanel], columns: int = 3) -> 
         _draw_panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    _draw_keys(figure)
+    _draw_keys(figure, crosses)
     write_picture(uri, figure)
 
 
@@ -181,8 +183,8 @@ def _draw_group(part: SubFigure, name: str, panels: Sequence[MotorsPanel], count
         axis.set_axis_off()
 
 
-def _draw_keys(figure: Figure) -> None:
-    keys = [_key("o", FOUND, "found, with score"), _key("+", TRUE, "true")]
+def _draw_keys(figure: Figure, crosses: str = "true") -> None:
+    keys = [_key("o", FOUND, "found, with score"), _key("+", TRUE, crosses)]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=11, frameon=False)
 
 

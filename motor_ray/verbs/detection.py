@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from motor_ray.errors import ConfigError
-from motor_ray.verbs.flags import DetectFlags, EvaluateFlags, Result, Unprefixed, all_settings
+from motor_ray.verbs.flags import CareFlags, DetectFlags, EvaluateFlags, Result, Unprefixed, all_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +104,43 @@ class Export:
         from motor_ray.results import export_run
 
         return export_run(self.detections, self.to, self.out, all_settings(self).evaluate, relion=self.relion), 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCare:
+    """List labels that are likely missing, wrong or misplaced, with pictures."""
+
+    detections: str
+    """The --out of a finished `motor-ray detect` in labelled tomograms."""
+
+    labels: str
+    """CSV file of motors in the columns of the Kaggle challenge."""
+
+    out: str
+    """Folder or s3:// prefix for the table and the pictures. It must not be there yet."""
+
+    archive: str | None = None
+    """Folder or s3:// prefix that holds the tomograms, for the pictures; where the run found them when not given."""
+
+    manifest: str | None = None
+    """Table made by `motor-ray manifest`, in place of --archive."""
+
+    config: str | None = None
+    """YAML file of settings; flags win over it."""
+
+    settings: Annotated[CareFlags, Unprefixed] = CareFlags()
+
+    def run(self) -> Result:
+        """Compare."""
+        from motor_ray.archive.labels import read_labels
+        from motor_ray.archive.manifest import find_tomograms, read_manifest
+        from motor_ray.results import care_for_labels
+
+        if self.archive and self.manifest:
+            raise ConfigError("give --archive or --manifest, the tomograms for the pictures, not both")
+        settings = all_settings(self)
+        manifest = read_manifest(self.manifest) if self.manifest else None
+        if self.archive:
+            manifest = find_tomograms(self.archive, settings.archive)[0]
+        labels = read_labels(self.labels, settings.archive)
+        return care_for_labels(manifest, labels, self.detections, self.out, settings.care), 0

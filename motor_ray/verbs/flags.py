@@ -7,6 +7,7 @@ import tyro
 from motor_ray.config import (
     ArchiveSettings,
     AugmentSettings,
+    CareSettings,
     DetectSettings,
     EvaluateSettings,
     FrameSettings,
@@ -14,6 +15,8 @@ from motor_ray.config import (
     LossSettings,
     ModelSettings,
     PreprocessSettings,
+    PretrainSettings,
+    PseudoSettings,
     RunSettings,
     Settings,
     TargetSettings,
@@ -67,10 +70,30 @@ class TrainFlags(FigureFlags):
     evaluate: EvaluateSettings = EvaluateSettings()
 
 
+class PseudoFlags(TrainFlags):
+    """The settings that concern pseudo-labels."""
+
+    pseudo: PseudoSettings = PseudoSettings()
+
+
+class PretrainFlags(FigureFlags):
+    """The settings that concern pre-training."""
+
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+
+
 class EvaluateFlags(Settings):
     """The settings that concern comparing with labels."""
 
     evaluate: EvaluateSettings = EvaluateSettings()
+
+
+class CareFlags(ArchiveFlags):
+    """The settings that concern the care of labels."""
+
+    care: CareSettings = CareSettings()
 
 
 Unprefixed = tyro.conf.arg(name="")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError
-from motor_ray.verbs.flags import Result, TrainFlags, Unprefixed, all_settings
+from motor_ray.verbs.flags import PretrainFlags, PseudoFlags, Result, TrainFlags, Unprefixed, all_settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,20 +25,25 @@ class Data(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnLabels:
-    """What every verb that trains is told."""
+class Run:
+    """What every verb is told that leaves a run behind."""
 
     archive: str
     """Folder or s3:// prefix that holds the tomograms."""
-
-    labels: str
-    """CSV file of motors in the columns of the Kaggle challenge."""
 
     storage: str
     """Folder or s3:// prefix for runs."""
 
     config: str | None = None
     """YAML file of settings; flags win over it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnLabels(Run):
+    """What every verb that trains is told."""
+
+    labels: str
+    """CSV file of motors in the columns of the Kaggle challenge."""
 
     settings: Annotated[TrainFlags, Unprefixed] = TrainFlags()
 
@@ -53,7 +58,7 @@ class OnLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resumable(OnLabels):
+class GoesOn(Run):
     """What every verb is told whose work can be gone on with."""
 
     resume: bool = False
@@ -67,6 +72,11 @@ class Resumable(OnLabels):
         from motor_ray.storage import exists, join
 
         return self.resume or (self.or_resume and exists(join(self.storage, name, record)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable(GoesOn, OnLabels):
+    """What every verb is told that trains on labels and can be gone on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +176,84 @@ class Tune(Resumable):
             resume=self.goes_on(self.name, "tuning.json"),
         )
         return study | {"unusable": data.unusable}, bool(study["failed"] or study["unread"] or data.unusable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(GoesOn):
+    """Teach a backbone what slices look like, without labels, for `train --model.pretrained`."""
+
+    name: str
+    """Name of this run: STORAGE/NAME/best/backbone.safetensors is what comes of it."""
+
+    workers: str = "1"
+    """Processes that train together, or MIN:MAX, as for `train`."""
+
+    settings: Annotated[PretrainFlags, Unprefixed] = PretrainFlags()
+
+    def run(self) -> Result:
+        """Pre-train."""
+        from motor_ray.archive.manifest import find_tomograms
+        from motor_ray.distributed.pretraining import pretrain
+
+        workers = workers_from(self.workers)
+        settings = all_settings(self)
+        manifest, failures = find_tomograms(self.archive, settings.archive)
+        resume = self.goes_on(self.name, "run.json")
+        run = pretrain(manifest, failures, settings, self.storage, self.name, workers=workers, resume=resume)
+        names = ("backbone", "epochs", "seconds", "tomograms", "slices", "best", "unread")
+        unusable = failures["error"].to_pylist()
+        return {name: run[name] for name in names} | {"unusable": unusable}, bool(run["unread"] or unusable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabel(OnLabels):
+    """Teach a detector what it is sure of on unlabelled tomograms, round by round."""
+
+    name: str
+    """Name of this run: its rounds are STORAGE/NAME/round-N, beside pseudo.json and report.md. The same command goes
+    on where it stopped."""
+
+    unlabelled: str | None = None
+    """Folder or s3:// prefix of unlabelled tomograms; those of --archive that the labels do not mention when not
+    given."""
+
+    rounds: int = 2
+    """Rounds of detecting, choosing and training; more may be asked for later."""
+
+    model: str | None = None
+    """Checkpoint to start with, in place of one that is trained on the labels alone."""
+
+    workers: str = "1"
+    """Processes that train together, or MIN:MAX, as for `train`."""
+
+    settings: Annotated[PseudoFlags, Unprefixed] = PseudoFlags()
+
+    def run(self) -> Result:
+        """Label and train."""
+        from motor_ray.archive.manifest import find_tomograms
+        from motor_ray.distributed.pseudo import pseudo_label
+        from motor_ray.tables import FAILURES
+
+        workers = workers_from(self.workers)
+        data = self.read()
+        others, failures = None, FAILURES.empty_table()
+        if self.unlabelled:
+            others, failures = find_tomograms(self.unlabelled, data.settings.archive)
+        run = pseudo_label(
+            data.manifest,
+            data.labels,
+            others,
+            failures,
+            data.settings,
+            self.storage,
+            self.name,
+            rounds=self.rounds,
+            workers=workers,
+            model=self.model,
+        )
+        unusable = [*data.unusable, *failures["error"].to_pylist()]
+        lost = unusable or any(one["failures"] for one in run["rounds"])
+        return {"model": run["model"], "rounds": run["rounds"], "unusable": unusable}, bool(lost)
 
 
 def workers_from(text: str) -> tuple[int, int]:

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motor_ray.archive.labels import COLUMNS, Labels, read_labels, split_tomograms, write_labels
+from motor_ray.archive.labels import (
+    COLUMNS,
+    MOTOR_COLUMNS,
+    TOMOGRAM_COLUMNS,
+    Labels,
+    read_labels,
+    split_labelled,
+    split_tomograms,
+    with_guesses,
+    write_labels,
+)
 from motor_ray.errors import LabelsError, StorageError
 
 HEADER = ",".join(COLUMNS)
@@ -173,3 +183,36 @@ def test_the_split_depends_on_the_ids_and_the_seed_alone() -> None:
     assert {part: len(members) for part, members in parts.items()} == {"train": 518, "validation": 65, "test": 65}
     assert split_tomograms([*reversed(ids), *ids]) == parts
     assert split_tomograms(ids, seed=421) != parts
+
+
+def guessed(*tomo_ids: str) -> Labels:
+    tomograms = pd.DataFrame([(name, 20, 30, 40, 10.0, 1) for name in tomo_ids], columns=TOMOGRAM_COLUMNS)
+    motors = pd.DataFrame([(name, 1.0, 2.0, 3.0) for name in tomo_ids], columns=MOTOR_COLUMNS)
+    return Labels(tomograms, motors, frozenset(tomo_ids), motors.assign(z=9.0))
+
+
+@given(st.sets(st.text("ab", min_size=1), min_size=3), st.sets(st.text("cd", min_size=1)), st.integers(0, 99))
+def test_guesses_are_all_learned_from_and_change_nothing_else_of_the_split(known, guesses, seed):
+    tomograms = pd.DataFrame({"tomo_id": sorted(known | guesses)})
+    split = split_labelled(known | guesses, Labels(tomograms, tomograms, frozenset(guesses)), seed)
+    alone = split_tomograms(known, seed)
+    assert split["train"] == alone["train"] + sorted(guesses)
+    assert (split["validation"], split["test"]) == (alone["validation"], alone["test"])
+
+
+def test_guesses_stand_beside_labels_and_are_known_as_such(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, GOOD))
+    both = with_guesses(labels, guessed("g"))
+    assert both.guessed == {"g"}
+    assert both.motors_of("g").tolist() == [[1, 2, 3]]
+    assert both.doubtful_of("g").tolist() == [[9, 2, 3]]
+    assert both.motors_of("tomo_00e463").tolist() == labels.motors_of("tomo_00e463").tolist()
+    assert len(both.doubtful_of("tomo_00e463")) == len(labels.doubtful) == 0
+    write_labels(both, str(tmp_path / "both.csv"))
+    assert len(read_labels(str(tmp_path / "both.csv")).tomograms) == 4
+
+
+def test_a_guess_does_not_take_the_place_of_a_label(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, GOOD))
+    with pytest.raises(LabelsError, match="tomo_00e047: is labelled already"):
+        with_guesses(labels, guessed("tomo_00e047"))

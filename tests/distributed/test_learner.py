@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from motor_ray.config import TrainSettings, settings_from
 from motor_ray.detector.model import build_model
-from motor_ray.distributed.learner import Learner, NotFiniteError, learning_rate, prepared
+from motor_ray.distributed.learner import Learner
+from motor_ray.distributed.optimisation import NotFiniteError, learning_rate, prepared
 from motor_ray.distributed.samples import Batch
 from motor_ray.errors import ConfigError
 from motor_ray.slices.targets import Targets, draw_targets

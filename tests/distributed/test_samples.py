@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -209,3 +210,25 @@ def test_targets_fade_with_the_distance_from_the_centre(plan, archive, settings)
             assert peak == pytest.approx(np.exp(-(((motor[0] - row["zs"][0]) * 24.0) ** 2) / (2 * 40.0**2)))
             seen += peak < 0.9
     assert seen
+
+
+def test_slices_near_something_doubtful_are_not_learned_from(manifest, archive, settings):
+    """Neither as showing a motor nor as showing none; other tomograms keep theirs."""
+    [tomogram, *_] = [name for name, own in archive.labels.motors.groupby("tomo_id") if len(own) == 1]
+    tall = manifest.set_column(manifest.schema.get_field_index("size_z"), "size_z", pa.array([200] * len(manifest)))
+    [[z, y, x]] = archive.labels.motors_of(tomogram)
+    unsure = pd.DataFrame([(tomogram, 120.0, y, x), (tomogram, z, y + 30, x)], columns=["tomo_id", "z", "y", "x"])
+    all_negatives = settings_from(
+        settings.model_dump() | {"train": settings.train.model_dump() | {"negatives_per_positive": 1000}}
+    )
+
+    def slices(labels, *, of):
+        rows = sample_plan(tall, labels, all_negatives, 420).to_pylist()
+        return {(row["tomo_id"], row["zs"][0]) for row in rows if (row["tomo_id"] == tomogram) == of}
+
+    doubted = Labels(archive.labels.tomograms, archive.labels.motors, doubtful=unsure)
+    before, after = slices(archive.labels, of=True), slices(doubted, of=True)
+    assert after < before
+    assert not any(abs(slice_z - z) * 24.0 <= settings.targets.reach_angstrom for _, slice_z in after)
+    assert not any(abs(slice_z - 120) * 24.0 <= CLEARANCE_ANGSTROM for _, slice_z in after)
+    assert slices(doubted, of=False) == slices(archive.labels, of=False)

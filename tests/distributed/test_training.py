@@ -14,8 +14,9 @@ from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import root_cause
+from motor_ray.distributed.loop import validations_since_best
 from motor_ray.distributed.training import compare_tomograms, plan_part, run_at, train
-from motor_ray.distributed.training_loop import rank_of, validations_since_best
+from motor_ray.distributed.training_loop import rank_of
 from motor_ray.errors import CheckpointError, LabelsError, RunError, StorageError, UnfinishedError
 
 
@@ -173,9 +174,9 @@ def test_a_run_may_start_where_there_is_none(tmp_path):
 
 
 def test_epochs_are_counted_since_the_best_and_equal_ones_do_not_count_as_better():
-    assert validations_since_best(quality(0.1, 0.5, 0.5)) == 1
-    assert validations_since_best(quality(0.1, 0.5, 0.6)) == 0
-    assert validations_since_best(quality(None, None)) == 1
+    assert validations_since_best([rank_of(line) for line in quality(0.1, 0.5, 0.5)]) == 1
+    assert validations_since_best([rank_of(line) for line in quality(0.1, 0.5, 0.6)]) == 0
+    assert validations_since_best([rank_of(line) for line in quality(None, None)]) == 1
     assert rank_of({"mAP@0.5": 0.5, "mAP@0.7": 0.4, "mAP@0.9": None}) > rank_of(quality(0.5)[0])
 
 
