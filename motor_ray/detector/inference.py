@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from motor_ray.config import HEATMAP_STRIDE
 from motor_ray.detector.device import autocast_dtype, can_compile, frames_per_pass
 from motor_ray.detector.heads import OUTPUTS
-from motor_ray.detector.levels import merge_levels
+from motor_ray.detector.levels import Maps, merge_levels
 from motor_ray.detector.model import Detector, Prediction, standardise
 from motor_ray.errors import RunError
 
@@ -59,13 +59,14 @@ class FoldedDetector(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps `(b, 5, h, w)`, of heatmap, size and offset, and presence logits, of `images` `(b, in_slices, H, W)`."""
         features = self.backbone(images)
-        levels = [torch.split_with_sizes(self._maps(level), OUTPUTS, dim=1) for level in self.neck(features)]
+        levels = [self._maps(level) for level in self.neck(features)]
         return torch.cat(merge_levels(levels), dim=1), self.presence(features.c5)
 
-    def _maps(self, features: torch.Tensor) -> torch.Tensor:
+    def _maps(self, features: torch.Tensor) -> Maps:
         # The last, tiny step is in float32: rounded to bfloat16, neighbouring cells often tie for the peak.
-        maps: torch.Tensor = self.last(F.relu(self.first(features)).to(self.last.weight.dtype))
-        return maps
+        maps = self.last(F.relu(self.first(features)).to(self.last.weight.dtype))
+        heatmap, size, offset = torch.split_with_sizes(maps, OUTPUTS, dim=1)
+        return heatmap, size, offset
 
 
 def fold_batch_norms(module: nn.Module) -> None:

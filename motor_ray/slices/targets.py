@@ -91,7 +91,7 @@ def usual_box_cells(settings: RunSettings) -> float:
 def levels_of(boxes: NDArray[np.float64], levels: int) -> NDArray[np.int64]:
     """To which of so many levels, 0 for the finest, each of ``(n, 4)`` or ``(n, 5)`` boxes belongs: to just one."""
     limits = LEVEL_CELLS * np.array(LEVEL_STRIDES[: levels - 1])
-    return np.searchsorted(limits, boxes[:, 2:4].max(axis=1), side="right")
+    return np.asarray(np.searchsorted(limits, boxes[:, 2:4].max(axis=1), side="right"), dtype=np.int64)
 
 
 def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings, levels: int = 1) -> Targets:
@@ -104,8 +104,10 @@ def draw_targets(boxes: NDArray[np.float64], size: int, settings: TargetSettings
     if levels == 1:
         return drawn[0]
     *maps, presence = zip(*drawn, strict=True)
-    cells = [torch.cat([part.flatten(1) for part in parts], dim=1).unsqueeze(1) for parts in maps]
-    return Targets(*cells, torch.stack(presence).amax())
+    heatmap, sizes, offset, mask = (
+        torch.cat([part.flatten(1) for part in parts], dim=1).unsqueeze(1) for parts in maps
+    )
+    return Targets(heatmap, sizes, offset, mask, torch.stack(presence).amax())
 
 
 def draw_levels(boxes: NDArray[np.float64], size: int, settings: TargetSettings, levels: int) -> list[Targets]:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def trained(channels: int) -> CBAM:
 
 
 @pytest.mark.parametrize("changes", [{}, {"levels": 3}, {"neck": "light"}, {"neck": "deconvolution"}])
-def test_a_network_with_untrained_attention_is_the_one_without(small_model: SmallModel, changes: dict) -> None:
+def test_a_network_with_untrained_attention_is_the_one_without(
+    small_model: SmallModel, changes: dict[str, Any]
+) -> None:
     plain, attentive = small_model(**changes), small_model(attention="cbam", **changes)
     missing, unexpected = attentive.load_state_dict(plain.state_dict(), strict=False)
     assert missing

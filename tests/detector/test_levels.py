@@ -12,7 +12,7 @@ from motor_ray.detector.decode import Detections, decode
 from motor_ray.detector.levels import Maps, merge_levels, side_by_side
 from motor_ray.detector.losses import detection_loss
 from motor_ray.detector.model import Prediction
-from motor_ray.slices.targets import draw_levels, draw_targets
+from motor_ray.slices.targets import Targets, draw_levels, draw_targets
 
 EDGE = 320
 TILE = 64
@@ -118,18 +118,14 @@ def test_the_loss_counts_the_centres_of_all_levels_together(heatmap: str) -> Non
     counts = [int(one.mask.sum()) for one in levels]
     assert all(counts)
     torch.manual_seed(0)
-    maps = [tuple(torch.randn(1, *part.shape) for part in (one.heatmap, one.size, one.offset)) for one in levels]
+    maps = [(torch.randn(1, *one.heatmap.shape), *torch.randn(2, 1, *one.size.shape)) for one in levels]
     rules = LossSettings.model_validate({"heatmap": heatmap})
 
-    def loss(said: Maps, truth: object) -> dict[str, torch.Tensor]:
-        return detection_loss(Prediction(*said, torch.zeros(1)), batched(truth), rules)
+    def loss(said: Maps, truth: Targets) -> dict[str, torch.Tensor]:
+        return detection_loss(Prediction(*said, torch.zeros(1)), Targets(*(part[None] for part in truth)), rules)
 
-    together = loss(side_by_side(maps), draw_targets(boxes, EDGE, TargetSettings(), levels=3))  # type: ignore[arg-type]
-    apart = [loss(said, truth) for said, truth in zip(maps, levels, strict=True)]  # type: ignore[arg-type]
+    together = loss(side_by_side(maps), draw_targets(boxes, EDGE, TargetSettings(), levels=3))
+    apart = [loss(said, truth) for said, truth in zip(maps, levels, strict=True)]
     for name in ("heatmap", "size", "offset", "giou"):
         mean = sum(count * parts[name] for count, parts in zip(counts, apart, strict=True)) / sum(counts)
         torch.testing.assert_close(together[name], mean)
-
-
-def batched(targets: object) -> object:
-    return type(targets)(*(part[None] for part in targets))  # type: ignore[call-arg, attr-defined]

@@ -48,6 +48,7 @@ def test_images_of_another_shape_are_refused(small_model: SmallModel, shape: tup
 def test_merged_heads_equal_three_separate_heads() -> None:
     heads = Heads(6, 4, box_cells=25.0)
     features = torch.randn(2, 6, 9, 7)
+    assert isinstance(heads.shared, nn.Conv2d)
     separate = []
     for number, last in enumerate((heads.heatmap, heads.size, heads.offset)):
         first = nn.Conv2d(6, 4, 3, padding=1)
