@@ -48,7 +48,7 @@ def test_with_an_archive_only_the_batch_statistics_differ(run, archive, tmp_path
     differing = {name for name in taken if not torch.equal(averaged[name], taken[name])}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     assert differing == {name for name in taken if name.endswith(statistics)}
-    assert describe_checkpoint(tmp_path / "taken").metrics["batch_statistics"] == "of 192 images"
+    assert describe_checkpoint(tmp_path / "taken").metrics["batch_statistics"] == "of 48 images"
 
 
 def test_images_are_taken_of_many_tomograms(archive, damaged, settings):
