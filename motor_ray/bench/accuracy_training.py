@@ -20,11 +20,13 @@ from motor_ray.bench.accuracy_archives import Archive, short_hash
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.distributed.frame_store import FrameStore, fill, is_filled, store_name
-from motor_ray.distributed.learner import Judged, Learner, prepared
+from motor_ray.distributed.learner import Judged, Learner
 from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.loop import validations_since_best
+from motor_ray.distributed.optimisation import prepared
 from motor_ray.distributed.samples import Samples, batches, deals, epoch_order
 from motor_ray.distributed.training import new_model, plan_part
-from motor_ray.distributed.training_loop import validations_since_best
+from motor_ray.distributed.training_loop import rank_of
 from motor_ray.errors import UnfinishedError
 from motor_ray.motors.slice_metrics import slice_scores
 
@@ -65,7 +67,7 @@ def fit(trainee: Trainee, settings: RunSettings) -> list[Line]:
         found = [(one.boxes, one.scores) for one in judged]
         scores = slice_scores(found, [one.truth for one in judged], settings.detect.score_threshold)
         history.append({"epoch": epoch, **scores})
-        if validations_since_best(history) == 0:
+        if validations_since_best([rank_of(line) for line in history]) == 0:
             trainee.keep(history[-1])
         trainee.end_epoch(history[-1])
     return history

@@ -183,7 +183,8 @@ def draw_reconstructions(run_uri: str, plan: pa.Table, settings: RunSettings) ->
 
 def some_pictures(plan: pa.Table, settings: RunSettings) -> list[Picture]:
     """The first frame of some slices of a plan, evenly spaced, that can be read."""
-    chosen = np.unique(np.linspace(0, len(plan) - 1, min(SHOWN, len(plan))).round().astype(int))
+    shown = min(SHOWN, len(plan))
+    chosen = ((np.arange(shown) + 0.5) * len(plan) / shown).astype(int)
     load = LoadSlab(with_neighbours_seen(settings)).load
     rows = [load(row) for row in plan.take(chosen).to_pylist()]
     return [Picture(row["slab_id"], row["frames"][row["channels"], 0]) for row in rows if row["channels"]]
