@@ -24,7 +24,8 @@ from motor_ray.config import RunSettings
 from motor_ray.detector.device import autocast_dtype
 from motor_ray.detector.looks import Look
 from motor_ray.detector.model import standardise
-from motor_ray.distributed.learner import Judged, learning_rate
+from motor_ray.distributed.learner import Judged
+from motor_ray.distributed.optimisation import learning_rate
 from motor_ray.distributed.samples import prepare_sample, readable
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ class PeerTrainee:
     def run_epoch(self, number: int) -> None:
         """See Trainee."""
         self.peer.train()
-        groups = list(steps_of(self.data, self.settings, number))
+        groups = list(steps_of(self.data.train, self.settings, number))
         for done, group in enumerate(groups):
             self._step(group, number, progress(number, done, len(groups), self.settings))
 
