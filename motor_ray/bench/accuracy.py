@@ -21,9 +21,9 @@ from typing import Any
 
 from motor_ray.bench.accuracy_archives import Sizes, archive, short_hash
 from motor_ray.bench.accuracy_figure import accuracy_figure
+from motor_ray.bench.accuracy_job import Job
+from motor_ray.bench.accuracy_job import as_json as job_json
 from motor_ray.bench.accuracy_rows import ROWS, as_json, chosen, key_of
-from motor_ray.bench.accuracy_run import Job
-from motor_ray.bench.accuracy_run import as_json as job_json
 from motor_ray.bench.accuracy_table import as_json as line_json
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
 from motor_ray.bench.children import last_words

@@ -160,7 +160,7 @@ class PeerTrainee:
     def run_epoch(self, number: int) -> None:
         """See Trainee."""
         self.peer.train()
-        groups = list(steps_of(self.data, self.settings, number))
+        groups = list(steps_of(self.data.train, self.settings, number))
         for done, group in enumerate(groups):
             self._step(group, number, progress(number, done, len(groups), self.settings))
 

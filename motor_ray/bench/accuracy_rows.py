@@ -7,7 +7,7 @@ from typing import Any, Literal
 from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, short_hash
 from motor_ray.errors import ConfigError
 
-Training = Literal["ours", "retinanet", "fcos", "yolo", "soup", "none"]
+Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "none"]
 """Who learns what: 'soup' averages weights, 'none' only looks, with models of other rows."""
 
 Role = Literal["seed", "peer", "single", "light", "ensemble"]
@@ -76,6 +76,19 @@ ROWS: dict[str, Row] = {
     ),
     "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
+    "pretrained": Row(
+        title="+ self-supervised start",
+        role="single",
+        training="pretrained",
+        what="the backbone has first learned, from as many frames without labels, to say what hidden parts show",
+    ),
+    "pseudo": Row(
+        title="+ pseudo-labels",
+        role="single",
+        training="pseudo",
+        of=("seed",),
+        what="the seed's model goes on with what it is sure of on unlabelled tomograms, for as many frames again",
+    ),
     "tta": Row(
         title="+ TTA",
         role="ensemble",

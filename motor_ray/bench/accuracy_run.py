@@ -11,68 +11,31 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from motor_ray.archive.plan import slab_of
-from motor_ray.bench.accuracy_archives import Archive, Sizes, archive, settings_of
-from motor_ray.bench.accuracy_peers import PeerLooker, PeerTrainee, load_peer
-from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, changes_of, key_of
+from motor_ray.bench.accuracy_archives import Archive, archive
+from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of
+from motor_ray.bench.accuracy_peers import PeerTrainee
+from motor_ray.bench.accuracy_rows import PEERS, key_of
 from motor_ray.bench.accuracy_scores import best_table, best_threshold, look_over, scores_of
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
+from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
 from motor_ray.config import RunSettings
-from motor_ray.detector.checkpoint import load_checkpoint
-from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
-from motor_ray.detector.looks import Looker
 from motor_ray.distributed.loading import LoadSlab
-from motor_ray.distributed.scoring import Looking, images_of
+from motor_ray.distributed.pseudo_steps import starting_from
+from motor_ray.distributed.scoring import images_of
 from motor_ray.distributed.soup import make_soup
 from motor_ray.motors.metrics import count_tomograms
 from motor_ray.storage import read_json, write_json
 
 RUNS = 30
 """Slices that are timed of each contestant, in turn."""
-
-
-class Job(NamedTuple):
-    """A row and a seed."""
-
-    work: Path
-    name: str
-    seed: int
-    sizes: Sizes
-
-    @property
-    def row(self) -> Row:
-        """What it is."""
-        return ROWS[self.name]
-
-    @property
-    def settings(self) -> RunSettings:
-        """Of its training, and of how it looks."""
-        return settings_of(self.sizes, self.seed, changes_of(self.name))
-
-    @property
-    def needs(self) -> list["Job"]:
-        """What must be done before."""
-        return [self._replace(name=name) for name in self.row.of]
-
-    @property
-    def folder(self) -> Path:
-        """Where everything of it is."""
-        return self.work / "rows" / self.sizes.key / f"{self.name}-{self.seed}"
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What came of it, None if it is not done or was done with other settings."""
-        file = self.folder / "result.json"
-        there = read_json(str(file)) if file.exists() else {}
-        return there if there.get("key") == key_of(self.name, self.seed, self.sizes) else None
 
 
 def run_row(job: Job) -> dict[str, Any]:
@@ -102,14 +65,39 @@ def run_row(job: Job) -> dict[str, Any]:
 
 def train_row(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
     """Make the row's models, if it has any of its own; what each validation said, and how many frames were learned."""
+    settings = job.settings
     if job.row.training == "none":
         return [], 0
     if job.row.training == "soup":
         shutil.rmtree(job.folder / "best", ignore_errors=True)  # of a run that broke off
-        make_soup(models_of(job.needs[0]), str(job.folder / "best"), train.manifest, job.settings.archive)
+        make_soup(models_of(job.needs[0]), str(job.folder / "best"), train.manifest, settings.archive)
         return [], 0
-    data = data_of(job.work, train, validation, job.settings)
-    return fit(trainee_of(job, data), job.settings), len(data.train) * job.settings.train.epochs
+    if job.row.training == "pseudo":
+        return train_on_pseudo_labels(job, train, validation)
+    data, before = data_of(job.work, train, validation, settings), 0
+    if job.row.training == "pretrained":
+        unlabelled = archive(job.work, "unlabelled", job.sizes).manifest
+        weights, before = pretrain_backbone(job.work, unlabelled, settings, frames_shown(data, settings), job.folder)
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"pretrained": weights})})
+    return fit(trainee_of(job, data, settings), settings), before + frames_shown(data, settings)
+
+
+def train_on_pseudo_labels(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
+    """The needed row's model goes on with what it is sure of on unlabelled tomograms; returns as `train_row`."""
+    [teacher], settings = job.needs, job.settings
+    unlabelled = archive(job.work, "unlabelled", job.sizes)
+    found = job.folder / "unlabelled"
+    look_over(unlabelled, looking_of(teacher), teacher.settings, found)
+    believed = with_pseudo_labels(train, unlabelled.manifest, found, settings)
+    frames = frames_shown(data_of(job.work, train, validation, settings), settings)
+    data = data_of(job.work, believed, validation, settings)
+    settings = with_epochs(starting_from(settings, models_of(teacher)[0]), frames, len(data.train))
+    return fit(trainee_of(job, data, settings), settings), frames_shown(data, settings)
+
+
+def frames_shown(data: Data, settings: RunSettings) -> int:
+    """How many frames a training is shown."""
+    return len(data.train) * settings.train.epochs
 
 
 def slices_of(line: dict[str, Any]) -> dict[str, Any]:
@@ -123,37 +111,11 @@ def validation_f2(run: Path, archive: Archive) -> float | None:
     return count_tomograms(best, best_threshold(best), 1000.0).f_beta(2)
 
 
-def trainee_of(job: Job, data: Data) -> Trainee:
+def trainee_of(job: Job, data: Data, settings: RunSettings) -> Trainee:
     """The detector that the row trains."""
     if job.row.training in PEERS:
-        return PeerTrainee(job.row.training, job.settings, data, job.folder)
-    return Ours(job.settings, data, job.folder)
-
-
-def models_of(job: Job) -> list[str]:
-    """The checkpoints that answer for a row that is no peer's."""
-    if job.row.training == "none":
-        return [model for need in job.needs for model in models_of(need)]
-    cyclic = job.settings.train.schedule == "cyclic" and job.row.training == "ours"
-    return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))
-
-
-def looking_of(job: Job, *, precise: bool = True) -> Looking:
-    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`."""
-    detect = job.settings.detect
-    if job.row.training in PEERS:
-        peer = load_peer(job.row.training, job.settings, job.folder)
-        return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
-    return Looker(models_of(job), detect, threads=1, compiled="off")
-
-
-def parameters_of(job: Job) -> int:
-    """Numbers that the row's detector learned, of all networks that answer."""
-    if job.row.training in PEERS:
-        networks: list[torch.nn.Module] = [load_peer(job.row.training, job.settings, job.folder)]
-    else:
-        networks = [load_checkpoint(model) for model in models_of(job)]
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+        return PeerTrainee(job.row.training, settings, data, job.folder)
+    return Ours(settings, data, job.folder)
 
 
 def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -182,22 +144,6 @@ def test_image(job: Job) -> np.ndarray[Any, np.dtype[np.uint8]]:
     load = LoadSlab(job.settings, contrasts=job.settings.detect.contrasts)
     row = load.load(slab_of(tomogram, [tomogram["size_z"] // 2]))
     return images_of(row, row["frames"], 1, job.settings)
-
-
-def as_json(jobs: Sequence[Job], what: str) -> dict[str, Any]:
-    """What `main` is told."""
-    return {
-        "what": what,
-        "work": str(jobs[0].work),
-        "sizes": asdict(jobs[0].sizes),
-        "jobs": [[job.name, job.seed] for job in jobs],
-    }
-
-
-def from_json(said: dict[str, Any]) -> list[Job]:
-    """The inverse of `as_json`."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()}
-    return [Job(Path(said["work"]), name, seed, Sizes(**values)) for name, seed in said["jobs"]]
 
 
 def main(path: str) -> None:

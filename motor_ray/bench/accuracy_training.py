@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -83,7 +83,7 @@ class Ours:
 
     def run_epoch(self, number: int) -> None:
         """See Trainee."""
-        groups = list(steps_of(self.data, self.settings, number))
+        groups = list(steps_of(self.data.train, self.settings, number))
         for done, batch in enumerate(batches(self.data.train, groups, self.settings, number)):
             torch.manual_seed(hash((self.settings.train.seed, self.step, 0)))
             self.learner.step([batch], progress(number, done, len(groups), self.settings))
@@ -107,9 +107,9 @@ class Ours:
             save_checkpoint(self.folder / "snapshots" / f"cycle_{cycle:02d}", self.learner.kept, self.settings, line)
 
 
-def steps_of(data: Data, settings: RunSettings, epoch: int) -> Iterator[list[int]]:
+def steps_of(samples: Sized, settings: RunSettings, epoch: int) -> Iterator[list[int]]:
     """The places of the samples of each step of an epoch: those of `motor-ray train` with one worker."""
-    order = epoch_order(len(data.train), settings.train.seed, epoch)
+    order = epoch_order(len(samples), settings.train.seed, epoch)
     each = deals(order, 0, 0, 1, settings.train.batch_size, 1)
     return itertools.chain.from_iterable(deal.batches for deal in each)
 
@@ -138,6 +138,11 @@ def _samples(work: Path, archive: Archive, settings: RunSettings, part: str) -> 
 
 def samples_of(work: Path, plan: pa.Table, labels: Labels, settings: RunSettings) -> Samples:
     """The samples of a PLAN of single slices."""
+    return Samples(plan, labels, settings, frames_of_plan(work, plan, settings))
+
+
+def frames_of_plan(work: Path, plan: pa.Table, settings: RunSettings) -> FrameStore:
+    """The frames of a PLAN of single slices, decoded once and kept in the folder `work`."""
     # Hashed, because a name that holds every setting may be longer than a file's may be.
     folder = work / "frames" / short_hash(store_name(plan, settings))
     if not is_filled(folder):
@@ -148,7 +153,7 @@ def samples_of(work: Path, plan: pa.Table, labels: Labels, settings: RunSettings
         pieces = (plan.slice(start, ROWS_AT_A_TIME) for start in range(0, len(plan), ROWS_AT_A_TIME))
         fill(fresh, map(load, pieces), settings, lambda _: None)
         folder = _moved(fresh, folder)
-    return Samples(plan, labels, settings, FrameStore(folder, settings))
+    return FrameStore(folder, settings)
 
 
 def _moved(fresh: Path, folder: Path) -> Path:

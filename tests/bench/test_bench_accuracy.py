@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from motor_ray.bench import accuracy
 from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, settings_of
 from motor_ray.bench.accuracy_figure import accuracy_figure
+from motor_ray.bench.accuracy_job import Job, as_json, from_json
 from motor_ray.bench.accuracy_peers import MARGIN, _Unclipped, build_peer, from_corners, narrow, to_corners
 from motor_ray.bench.accuracy_rows import ROWS, changes_of, chosen, key_of
-from motor_ray.bench.accuracy_run import Job, as_json, from_json
 from motor_ray.bench.accuracy_scores import best_threshold, false_positives
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
 from motor_ray.cli import main

@@ -1,0 +1,96 @@
+"""A row of the accuracy benchmark with one seed: where its things are, and its trained detector at work."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from motor_ray.bench.accuracy_archives import Sizes, settings_of
+from motor_ray.bench.accuracy_peers import PeerLooker, load_peer
+from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, changes_of, key_of
+from motor_ray.config import RunSettings
+from motor_ray.detector.checkpoint import load_checkpoint
+from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
+from motor_ray.detector.looks import Looker
+from motor_ray.distributed.scoring import Looking
+from motor_ray.storage import read_json
+
+
+class Job(NamedTuple):
+    """A row and a seed."""
+
+    work: Path
+    name: str
+    seed: int
+    sizes: Sizes
+
+    @property
+    def row(self) -> Row:
+        """What it is."""
+        return ROWS[self.name]
+
+    @property
+    def settings(self) -> RunSettings:
+        """Of its training, and of how it looks."""
+        return settings_of(self.sizes, self.seed, changes_of(self.name))
+
+    @property
+    def needs(self) -> list["Job"]:
+        """What must be done before."""
+        return [self._replace(name=name) for name in self.row.of]
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of it is."""
+        return self.work / "rows" / self.sizes.key / f"{self.name}-{self.seed}"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What came of it, None if it is not done or was done with other settings."""
+        file = self.folder / "result.json"
+        there = read_json(str(file)) if file.exists() else {}
+        return there if there.get("key") == key_of(self.name, self.seed, self.sizes) else None
+
+
+def models_of(job: Job) -> list[str]:
+    """The checkpoints that answer for a row that is no peer's."""
+    if job.row.training == "none":
+        return [model for need in job.needs for model in models_of(need)]
+    cyclic = job.settings.train.schedule == "cyclic" and job.row.training != "soup"
+    return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))
+
+
+def looking_of(job: Job, *, precise: bool = True) -> Looking:
+    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`."""
+    detect = job.settings.detect
+    if job.row.training in PEERS:
+        peer = load_peer(job.row.training, job.settings, job.folder)
+        return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
+    return Looker(models_of(job), detect, threads=1, compiled="off")
+
+
+def parameters_of(job: Job) -> int:
+    """Numbers that the row's detector learned, of all networks that answer."""
+    if job.row.training in PEERS:
+        networks: list[torch.nn.Module] = [load_peer(job.row.training, job.settings, job.folder)]
+    else:
+        networks = [load_checkpoint(model) for model in models_of(job)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def as_json(jobs: Sequence[Job], what: str) -> dict[str, Any]:
+    """What `main` is told."""
+    return {
+        "what": what,
+        "work": str(jobs[0].work),
+        "sizes": asdict(jobs[0].sizes),
+        "jobs": [[job.name, job.seed] for job in jobs],
+    }
+
+
+def from_json(said: dict[str, Any]) -> list[Job]:
+    """The inverse of `as_json`."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()}
+    return [Job(Path(said["work"]), name, seed, Sizes(**values)) for name, seed in said["jobs"]]
