@@ -25,6 +25,7 @@ from motor_ray.verbs.detection import Detect, Evaluate, Export, LabelCare
 from motor_ray.verbs.flags import Verb
 from motor_ray.verbs.mixing import Soup
 from motor_ray.verbs.planning import Plan
+from motor_ray.verbs.refining import Calibrate, Rescore
 from motor_ray.verbs.serving import Serve
 from motor_ray.verbs.showing import Bench, Demo
 from motor_ray.verbs.submitting import Submit
@@ -39,6 +40,8 @@ VERBS: dict[str, type[Verb]] = {
     "detect": Detect,
     "evaluate": Evaluate,
     "export": Export,
+    "calibrate": Calibrate,
+    "rescore": Rescore,
     "figure": Figure,
     "label-care": LabelCare,
     "serve": Serve,

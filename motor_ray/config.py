@@ -374,6 +374,10 @@ class DetectSettings(Settings):
     """How heatmaps of several models, and of several looks at a frame, are averaged. With 'logit' one that is sure to
     see nothing silences the others."""
 
+    features: bool = False
+    """Keep a few numbers of what the network saw at each detection, which `motor-ray rescore` learns from; always so
+    with a model that has learned it."""
+
     exhaustive: bool = False
     """Look at every slice, not first at every `z_stride`-th and then closely where there may be a motor."""
 
@@ -418,15 +422,25 @@ class LinkSettings(Settings):
     """Voxel spacing of a tomogram whose own is unknown; the commonest of the public data."""
 
 
+USUAL_THRESHOLD = 0.15
+"""Score from which a motor counts where nothing was learned: what the second of the Kaggle challenge took."""
+
+
 class EvaluateSettings(Settings):
     """How detections are compared with labels."""
 
-    threshold: float = Field(0.15, ge=0, le=1)
-    """Score from which a motor counts. For scores that are probabilities the best threshold for an F-beta is that
-    F-beta / (1 + beta^2) (Lipton et al. 2014, arXiv 1402.1892): below 0.2 for F2, which forgives a false motor."""
+    threshold: float | None = Field(None, ge=0, le=1)
+    """Score from which a motor counts. When not given, what `motor-ray calibrate` learned for the model, else 0.15.
+    For scores that are probabilities the best threshold for an F-beta is that F-beta / (1 + beta^2) (Lipton et al.
+    2014, arXiv 1402.1892): below 0.2 for F2, which forgives a false motor."""
 
     radius_angstrom: float = Field(1000.0, gt=0)
     """A motor within this distance of the truth is a hit (the official metric)."""
+
+    @property
+    def threshold_or_usual(self) -> float:
+        """`threshold`, or 0.15 if it is not given."""
+        return USUAL_THRESHOLD if self.threshold is None else self.threshold
 
 
 class PretrainSettings(Settings):

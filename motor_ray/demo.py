@@ -62,7 +62,7 @@ def demo(out: str) -> dict[str, Any]:
     picture = str(folder / "motors.png")
     names = held_out.tomograms.sort_values("n_motors", ascending=False)["tomo_id"].tolist()
     draw_motors(manifest, held_out, found, [*names[:5], names[-1]], picture)
-    show_table(held_out, found, scores, settings.evaluate.threshold)
+    show_table(held_out, found, scores, scores["tomograms"]["threshold"])
     tomograms = {name: scores["tomograms"][name] for name in ("f2", "precision", "recall")}
     return {"tomograms": tomograms, "mAP@0.5": scores["slices"]["mAP@0.5"], "picture": picture, "model": model}
 

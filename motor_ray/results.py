@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
-from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, settings_from
+from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, checked, settings_from
 from motor_ray.errors import ConfigError, ExportError, LabelsError, OutageError, RunError, StorageError
+from motor_ray.motors.calibration import Calibration
 from motor_ray.motors.evaluate import evaluate
 from motor_ray.motors.export import PLACE, Format, chosen_motors, copick_config, export_files
 from motor_ray.motors.figures import MotorsPanel, dataset_check, motors_figure, validation_page
@@ -38,25 +40,57 @@ SHEET_COLUMNS = 4
 def evaluate_run(detections: str, labels: Labels, settings: EvaluateSettings) -> Row:
     """Compare the finished run under `detections` with labels: what `motor-ray evaluate` prints.
 
-    Raises RunError if there is no finished run, MetricError if a tomogram of it is not labelled.
+    The threshold is that of `settings`, else the one that was learned for the run's model, else the usual one;
+    ``threshold_from`` says which. Raises RunError if there is no finished run, MetricError if a tomogram of it is not
+    labelled.
     """
     trained = run_settings(detections)
+    motors = read_table(join(detections, "motors.parquet"))
+    settings, origin = decided(detections, motors, settings)
     plan = read_table(join(detections, "plan.parquet"))
     shapes = {row["tomo_id"]: (row["size_y"], row["size_x"]) for row in plan.to_pylist()}
     spacings = labels.tomograms.set_index("tomo_id")["voxel_spacing_angstrom"].to_dict()
-    return evaluate(
+    scores = evaluate(
         read_table(join(detections, "slabs")),
-        read_table(join(detections, "motors.parquet")),
+        motors,
         labels.motors,
         labels.tomograms,
         {name: box_edges(shape, spacings.get(name), trained) for name, shape in shapes.items()},
         reach_angstrom=trained.targets.reach_angstrom,
         settings=settings,
     )
+    return {"threshold_from": origin, **scores}
+
+
+def decided(detections: str, motors: pa.Table, settings: EvaluateSettings) -> tuple[EvaluateSettings, str]:
+    """`settings` with a threshold for the finished run under `detections`, and where it is from.
+
+    `motors` are the MOTORS of the run. Raises RunError if it is not finished.
+    """
+    if settings.threshold is not None:
+        return settings, "settings"
+    there = finished_run(detections).get("calibration")
+    if there is None:
+        return settings.model_copy(update={"threshold": settings.threshold_or_usual}), "usual"
+    calibration = checked(Calibration, there, join(detections, "run.json"))
+    threshold = calibration.threshold_of(tomogram_maxima(detections, motors))
+    return settings.model_copy(update={"threshold": threshold}), f"calibration ({calibration.method})"
+
+
+def tomogram_maxima(detections: str, motors: pa.Table) -> NDArray[np.float64]:
+    """``(n,)`` scores of the best motor of each tomogram that a run looked at, NaN where it found none."""
+    tomo_ids = read_table(join(detections, "tomograms.parquet"), columns=["tomo_id"])["tomo_id"].to_pylist()
+    best = motors.select(["tomo_id", "score"]).to_pandas().groupby("tomo_id")["score"].max()
+    return np.asarray(best.reindex(tomo_ids).to_numpy(dtype=np.float64))
 
 
 def run_settings(detections: str) -> RunSettings:
     """The settings of a finished run. Raises RunError if it is not there or not finished."""
+    return settings_from(finished_run(detections)["settings"], join(detections, "run.json"))
+
+
+def finished_run(detections: str) -> Row:
+    """The run.json of a finished run. Raises RunError if it is not there or not finished."""
     where = join(detections, "run.json")
     try:
         run = read_json(where)
@@ -66,21 +100,23 @@ def run_settings(detections: str) -> RunSettings:
         raise RunError(f"{detections}: holds no run.json; give the --out of a motor-ray detect") from None
     if not isinstance(run, dict) or run.get("status") != "done":
         raise RunError(f"{detections}: that run has not finished; run the same motor-ray detect again")
-    return settings_from(run["settings"], where)
+    return run
 
 
 def export_run(detections: str, to: Format, out: str, settings: EvaluateSettings, *, relion: int) -> Row:
     """Write the motors of the finished run under `detections` for another program, to `out`; returns what was written.
 
-    `out` becomes a folder for copick and ndjson, else a file; only motors from the threshold on are written. Raises
-    RunError if there is no finished run; ExportError if `out` is there already, if a format in angstrom meets a
-    tomogram without voxel spacing, or STAR a name it cannot hold. Then nothing is written.
+    `out` becomes a folder for copick and ndjson, else a file; only motors from the threshold on are written, which is
+    chosen as in `evaluate_run`. Raises RunError if there is no finished run; ExportError if `out` is there already, if
+    a format in angstrom meets a tomogram without voxel spacing, or STAR a name it cannot hold. Then nothing is written.
     """
-    run_settings(detections)
+    finished_run(detections)
     tomograms = read_table(join(detections, "tomograms.parquet")).to_pylist()
     failures = read_table(join(detections, "failures.parquet"))
     unreadable = set(failures.filter(pc.is_null(failures["z"]))["tomo_id"].to_pylist())
-    motors = chosen_motors(read_table(join(detections, "motors.parquet")).to_pandas(), to, settings.threshold)
+    found = read_table(join(detections, "motors.parquet"))
+    settings, origin = decided(detections, found, settings)
+    motors = chosen_motors(found.to_pandas(), to, settings.threshold_or_usual)
     sizes = {row["tomo_id"]: tuple(row[f"size_{axis}"] for axis in PLACE) for row in tomograms}
     files = export_files(to, motors, sizes, sizes.keys() | unreadable, relion)
     if to == "copick":
@@ -94,6 +130,7 @@ def export_run(detections: str, to: Format, out: str, settings: EvaluateSettings
         "out": out,
         "to": to,
         "threshold": settings.threshold,
+        "threshold_from": origin,
         "tomograms": len(sizes.keys() | unreadable),
         "unreadable": len(unreadable),
         "with_motors": motors["tomo_id"].nunique(),
@@ -149,10 +186,12 @@ def draw_validation(
     run = run_settings(detections)
     looked_at = set(read_table(join(detections, "tomograms.parquet"))["tomo_id"].to_pylist())
     rows = {row["tomo_id"]: row for row in manifest.to_pylist() if row["tomo_id"] in looked_at}
-    motors = read_table(join(detections, "motors.parquet")).to_pandas()
+    table = read_table(join(detections, "motors.parquet"))
+    threshold = decided(detections, table, settings)[0].threshold_or_usual
+    motors = table.to_pandas()
     tomograms = labels.tomograms[labels.tomograms["tomo_id"].isin(rows.keys())]
-    came = outcomes(motors, labels.motors, tomograms, settings.threshold, settings.radius_angstrom)
-    marked = motors[motors["score"] >= settings.threshold]
+    came = outcomes(motors, labels.motors, tomograms, threshold, settings.radius_angstrom)
+    marked = motors[motors["score"] >= threshold]
     found, missed, false = (list(itertools.islice(close_ups(group, rows, labels, marked, run), most)) for group in came)
     counts = {name: len(group) for name, group in came._asdict().items()}
     validation_page(out, found, missed, false, counts)

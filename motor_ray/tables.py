@@ -46,6 +46,7 @@ DETECTION = pa.struct(
         ("height", pa.float32()),
         ("width", pa.float32()),
         ("score", pa.float32()),
+        ("features", pa.binary()),  # float16, the same number for all; null where they were not asked for
     ]
 )
 

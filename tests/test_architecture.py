@@ -19,6 +19,7 @@ ALLOWED = {
     "service": BASE | {"archive", "motors"},
     "distributed": BASE | {"archive", "slices", "detector", "motors", "results", "tracking", "progress", "service"},
     "results": BASE | {"archive", "slices", "motors", "views"},
+    "refining": BASE | {"archive", "detector", "motors", "results"},
     "views": BASE | {"archive", "slices", "motors"},
     "tracking": BASE,
     "progress": set(),
@@ -38,7 +39,8 @@ ALLOWED = {
     | {"archive", "slices", "detector", "motors", "service", "client", "distributed", "progress", "results", "demo"}
     | {"capacity"},  # to compare what it foretells with what is measured
     "demo": BASE | {"archive", "distributed", "results", "progress"},
-    "verbs": BASE | {"archive", "distributed", "results", "progress", "demo", "bench", "service", "planning"},
+    "verbs": BASE
+    | {"archive", "distributed", "results", "progress", "demo", "bench", "service", "planning", "refining"},
     "cli": BASE | {"verbs"},
 }
 """Which rooms, or modules at the top, each may import beside itself."""

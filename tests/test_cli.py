@@ -21,6 +21,8 @@ from motor_ray.verbs.training import workers_from
 TRAIN = ["train", "--archive", "a", "--labels", "b.csv", "--storage", "c", "--name", "d"]
 CARE = ["label-care", "--detections", "nowhere", "--labels", "a.csv", "--out", "o"]
 
+CALIBRATE = ["calibrate", "--detections", "nowhere", "--labels", "a.csv"]
+
 
 @pytest.fixture
 def archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
@@ -104,6 +106,9 @@ def test_help_lists_all_verbs(arguments, capsys):
         ),
         (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
+        ([*CALIBRATE, "--quantile", "0.4"], "--quantile is of --method quantile; leave it out with fitted"),
+        ([*CALIBRATE, "--evaluate.threshold", "0.4"], "--evaluate.threshold is of --method fixed"),
+        ([*CALIBRATE, "--method", "quantile", "--quantile", "1"], "--quantile 1: expected a share from 0 to below 1"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(arguments, complaint, capsys):

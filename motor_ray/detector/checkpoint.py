@@ -20,12 +20,20 @@ from fsspec.implementations.local import LocalFileSystem
 import motor_ray
 from motor_ray import storage
 from motor_ray.config import RunSettings
-from motor_ray.detector.description import DESCRIPTION, FORMAT_VERSION, SUFFIX, TENSORS, read_checkpoint
+from motor_ray.detector.description import (
+    CALIBRATION,
+    DESCRIPTION,
+    FORMAT_VERSION,
+    RESCORER,
+    SUFFIX,
+    TENSORS,
+    read_checkpoint,
+)
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.detector.pretrained import load_tensors, parse_tensors
 from motor_ray.errors import StorageError
 
-OURS = {TENSORS, DESCRIPTION, "training_state.pt"}
+OURS = {TENSORS, DESCRIPTION, "training_state.pt", CALIBRATION, RESCORER}
 """What a checkpoint may hold; a directory with anything else is not replaced."""
 
 
@@ -33,8 +41,8 @@ def save_checkpoint(uri: str | Path, model: Detector, settings: RunSettings, met
     """Write `model` to the directory `uri`, replacing what is there; returns the hash of its tensors.
 
     A crash on the way leaves what was there before: a local directory is swapped; in an object store, which cannot,
-    tensors go under a name of their own, then the description that names them, and the old tensors last. Raises
-    StorageError.
+    tensors go under a name of their own, then the description that names them, and the old tensors last. What was
+    learned of the old model goes with it. Raises StorageError.
     """
     uri = str(uri)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -80,7 +88,7 @@ def _write(uri: str, data: bytes, description: dict[str, Any], tensors: str = TE
 
 
 def _replace_objects(uri: str, data: bytes, description: dict[str, Any]) -> None:
-    old = {name for name in storage.list_names(uri) if name.endswith(SUFFIX)}
+    old = {name for name in storage.list_names(uri) if name.endswith(SUFFIX) or name == CALIBRATION}
     tensors = f"model-{description['sha256'][:12]}{SUFFIX}"
     _write(uri, data, description, tensors)
     for name in old - {tensors}:

@@ -19,6 +19,12 @@ SUFFIX = ".safetensors"
 TENSORS = f"model{SUFFIX}"
 DESCRIPTION = "model.json"
 
+CALIBRATION = "calibration.json"
+"""What `motor-ray calibrate` learned of the model, beside it."""
+
+RESCORER = f"rescorer{SUFFIX}"
+"""What `motor-ray rescore` learned with it: a head that judges its candidates in three dimensions."""
+
 SNAPSHOTS = "snapshots"
 """Folder of a training run that stands for all the checkpoints in it."""
 
@@ -146,6 +152,12 @@ def describe_checkpoint(uri: str | Path) -> Description:
     are not ours.
     """
     return read_checkpoint(uri)[0]
+
+
+def rescorer_hash(uri: str) -> str | None:
+    """The sha256 of the RESCORER in the checkpoint directory `uri`, None if there is none. Raises StorageError."""
+    where = storage.join(uri, RESCORER)
+    return hashlib.sha256(storage.read_bytes(where)).hexdigest() if storage.exists(where) else None
 
 
 def read_checkpoint(uri: str | Path) -> tuple[Description, bytes]:

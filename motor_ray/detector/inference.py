@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,12 +25,23 @@ from motor_ray.errors import RunError
 
 Predict = Callable[[torch.Tensor], Prediction]
 
+FEATURES = 24
+"""Numbers that stand for what the network sees in a cell, where they are asked for."""
 
-def prepare(model: Detector, device: torch.device, *, mixed_precision: bool = True, compiled: bool = False) -> Predict:
+
+def prepare(
+    model: Detector,
+    device: torch.device,
+    *,
+    mixed_precision: bool = True,
+    compiled: bool = False,
+    features: bool = False,
+) -> "Predictor":
     """A function from uint8 frames `(b, in_slices, H, W)`, on any device, to a float32 Prediction on `device`.
 
     `model` is not changed, and later changes to it have no effect. With `compiled` the first call takes half a
-    minute or so. Raises RunError if there is nothing to compile with.
+    minute or so. With `features` its method `seen` tells the cells' features, too. Raises RunError if there is nothing
+    to compile with.
     """
     if compiled and not can_compile(device):
         raise RunError(
@@ -37,17 +49,18 @@ def prepare(model: Detector, device: torch.device, *, mixed_precision: bool = Tr
             "expected g++ or clang++ (for a GPU: Triton); install one or set --detect.compile off"
         )
     dtype = autocast_dtype(device) if mixed_precision else torch.float32
-    network = FoldedDetector(model).to(device, dtype)
+    network = FoldedDetector(model, features=features).to(device, dtype)
     network.to(memory_format=torch.channels_last)
     network.last.float()
-    return _Predictor(network, device, dtype, compiled=compiled)
+    return Predictor(network, device, dtype, compiled=compiled)
 
 
 class FoldedDetector(nn.Module):
     """`model` in evaluation mode with fewer, larger operations; equal to it up to rounding."""
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: Detector, *, features: bool = False) -> None:
         super().__init__()
+        self.projection = random_projection(model.neck.out_channels) if features else None
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norms(model)
         if model.in_slices == 1:
@@ -56,11 +69,16 @@ class FoldedDetector(nn.Module):
         self.first = nn.Sequential(model.heads.attention, model.heads.shared)
         self.last = _block_diagonal([model.heads.heatmap, model.heads.size, model.heads.offset])
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps `(b, 5, h, w)`, of heatmap, size and offset, and presence logits, of `images` `(b, in_slices, H, W)`."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps `(b, 5, h, w)`, of heatmap, size and offset, and presence logits, of `images` `(b, in_slices, H, W)`.
+
+        The third are the features of the finest cells `(b, FEATURES, h, w)`, or none, `(b, 0, h, w)`, if not asked for.
+        """
         features = self.backbone(images)
-        levels = [self._maps(level) for level in self.neck(features)]
-        return torch.cat(merge_levels(levels), dim=1), self.presence(features.c5)
+        cells = self.neck(features)
+        levels = [self._maps(level) for level in cells]
+        seen = cells[0][:, :0] if self.projection is None else self.projection(cells[0])
+        return torch.cat(merge_levels(levels), dim=1), self.presence(features.c5), seen
 
     def _maps(self, features: torch.Tensor) -> Maps:
         # The last, tiny step is in float32: rounded to bfloat16, neighbouring cells often tie for the peak.
@@ -84,13 +102,20 @@ def fold_batch_norms(module: nn.Module) -> None:
         fold_batch_norms(child)
 
 
-class _Predictor:
+class Predictor:
+    """What `prepare` makes; see there."""
+
     def __init__(self, network: FoldedDetector, device: torch.device, dtype: torch.dtype, *, compiled: bool) -> None:
         self.device, self.dtype, self.compiled = device, dtype, compiled
         self.network = torch.compile(network, dynamic=False) if compiled else network
         self.largest = 0
 
     def __call__(self, frames: torch.Tensor) -> Prediction:
+        """The prediction for `frames`."""
+        return self.seen(frames)[0]
+
+    def seen(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
+        """The prediction for `frames`, and features of their cells, float32 `(b, FEATURES, h, w)`, if prepared for."""
         if not len(frames):
             return self._empty(frames)
         # Without gradients rather than in inference mode, in which torch.compile does not freeze weights.
@@ -99,17 +124,18 @@ class _Predictor:
             # A compiled network is compiled again for another batch size, so the last batch is filled up.
             self.largest = max(self.largest, count) if self.compiled else count
             parts = [self._pass(part) for part in torch.split(frames, self.largest)]
-        return Prediction(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        predictions, features = zip(*parts, strict=True)
+        return Prediction(*(torch.cat(tensors) for tensors in zip(*predictions, strict=True))), torch.cat(features)
 
-    def _pass(self, frames: torch.Tensor) -> Prediction:
+    def _pass(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
         count = len(frames)
         images = standardise(frames.to(self.device, non_blocking=True)).to(self.dtype)
         if count < self.largest:
             images = torch.cat([images, images.new_zeros(self.largest - count, *images.shape[1:])])
         images = images.contiguous(memory_format=torch.channels_last)
-        maps, presence = self._run(images)
+        maps, presence, features = self._run(images)
         heatmap, size, offset = torch.split_with_sizes(maps[:count].float(), OUTPUTS, dim=1)
-        return Prediction(heatmap, size, offset, presence[:count].float())
+        return Prediction(heatmap, size, offset, presence[:count].float()), features[:count].float()
 
     def _run(self, images: torch.Tensor) -> Any:
         if not self.compiled:
@@ -119,10 +145,22 @@ class _Predictor:
         with torch._inductor.config.patch(freezing=True):
             return self.network(images)
 
-    def _empty(self, frames: torch.Tensor) -> Prediction:
+    def _empty(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
         height, width = (-(-edge // HEATMAP_STRIDE) for edge in frames.shape[-2:])
         heatmap, size, offset = (torch.zeros(0, outputs, height, width, device=self.device) for outputs in OUTPUTS)
-        return Prediction(heatmap, size, offset, torch.zeros(0, device=self.device))
+        prediction = Prediction(heatmap, size, offset, torch.zeros(0, device=self.device))
+        return prediction, torch.zeros(0, 0, height, width, device=self.device)
+
+
+def random_projection(channels: int) -> nn.Conv2d:
+    """FEATURES numbers that stand for a cell's `channels`: the same ones for ever, and distances between them nearly
+    stay (Johnson and Lindenstrauss 1984).
+    """
+    # Not torch's generator: numpy promises that this one's numbers never change, and what is trained relies on them.
+    weights = np.random.RandomState(0).standard_normal((FEATURES, channels, 1, 1)) / channels**0.5
+    projection = nn.Conv2d(channels, FEATURES, 1, bias=False)
+    projection.weight = nn.Parameter(torch.tensor(weights, dtype=torch.float32), requires_grad=False)
+    return projection
 
 
 def _sum_input_channels(backbone: nn.Module) -> None:

@@ -10,10 +10,11 @@ from motor_ray.config import Augmentation, DetectSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
 from motor_ray.detector.description import Models
+from motor_ray.detector.descriptor import describe
 from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.ensemble import average
-from motor_ray.detector.inference import Predict, prepare
-from motor_ray.detector.model import Detector, Prediction
+from motor_ray.detector.inference import Predictor, prepare
+from motor_ray.detector.model import Prediction
 from motor_ray.detector.tta import VIEWS
 
 
@@ -32,6 +33,9 @@ class Look(NamedTuple):
     is_sound: bool
     """False if a number of the answer is not finite."""
 
+    features: NDArray[np.float16] | None = None
+    """``(n, c)`` of each box, if they are asked for; see `motor_ray.detector.descriptor`."""
+
 
 class Looker:
     """Owns one network, or several that answer together, and the device that they run on.
@@ -46,7 +50,9 @@ class Looker:
         self.settings, self.device = settings, pick_device()
         self.compiled = compiled == "on" or (compiled == "if possible" and can_compile(self.device))
         self.channels = 0
-        self.networks = [self._prepared(load_checkpoint(uri)) for uri in ([model] if isinstance(model, str) else model)]
+        first, *others = [model] if isinstance(model, str) else model
+        # Of several networks, and of several views, the first speaks for all about what is seen.
+        self.networks = [self._prepared(first, features=settings.features), *map(self._prepared, others)]
 
     def __call__(self, images: NDArray[np.uint8], tta: Augmentation | None = None) -> list[Look]:
         """A look at each of ``(n, channels, size, size)`` images, with another test-time augmentation if given.
@@ -58,21 +64,34 @@ class Looker:
         for start in range(0, len(images), self.settings.batch_frames):
             # Copied, because torch cannot look at the object store's read-only memory.
             frames = torch.tensor(images[start : start + self.settings.batch_frames])
-            prediction = self.predict(frames, self.settings.tta if tta is None else tta)
+            prediction, cells = self._seen(frames, self.settings.tta if tta is None else tta)
             sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
             found = decode(prediction, most, threshold)
-            numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), strict=True)
-            for (boxes, scores), (presence, is_sound) in zip(found, numbers, strict=True):
-                looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), presence, is_sound))
+            features = describe(cells, found) if self.settings.features else [None] * len(found)
+            numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), features, strict=True)
+            for (boxes, scores), more in zip(found, numbers, strict=True):
+                looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), *more))
         return looks
 
     def predict(self, images: torch.Tensor, tta: Augmentation) -> Prediction:
         """What all networks say of all views of uint8 `images` `(b, channels, H, W)`, averaged."""
+        return self._seen(images, tta)[0]
+
+    def _seen(self, images: torch.Tensor, tta: Augmentation) -> tuple[Prediction, torch.Tensor]:
+        """The same, and what the first network sees in the cells of the first view, which is the frame as it is."""
         frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
         views = [(view, view.forward(frames, *switched)) for view in VIEWS[tta]]
-        said = [view.inverse(network(shown)) for network in self.networks for view, shown in views]
-        return average(said, self.settings.ensemble)
+        seen = [(view, *network.seen(shown)) for network in self.networks for view, shown in views]
+        said = [view.inverse(prediction) for view, prediction, _ in seen]
+        return average(said, self.settings.ensemble), seen[0][2]
 
-    def _prepared(self, model: Detector) -> Predict:
-        self.channels = model.in_slices
-        return prepare(model, self.device, mixed_precision=self.settings.mixed_precision, compiled=self.compiled)
+    def _prepared(self, model: str, *, features: bool = False) -> Predictor:
+        detector = load_checkpoint(model)
+        self.channels = detector.in_slices
+        return prepare(
+            detector,
+            self.device,
+            mixed_precision=self.settings.mixed_precision,
+            compiled=self.compiled,
+            features=features,
+        )

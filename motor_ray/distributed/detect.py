@@ -26,6 +26,7 @@ from motor_ray.config import PASSES, RunSettings, results_hash
 from motor_ray.detector.description import Ensemble, Models, describe_models
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
+from motor_ray.distributed.learned import learned_of
 from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
@@ -54,20 +55,21 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`, or
     from several that answer together. Under `out` (a path or URI) appear tomograms.parquet, plan.parquet, slabs/,
     motors.parquet, failures.parquet and run.json. A run that broke off is gone on with; a finished one with the same
-    settings, model and manifest is returned as it is; an `out` with another is refused (RunError). `unusable` are
-    FAILURES that came to light before, of tomograms that are not in `manifest`; if there are no others, ManifestError
-    says why. Raises CheckpointError if models cannot answer together, RunError if the cluster can never run it or its
-    nodes do not see the same files, UnfinishedError if it broke or its counts do not add up.
+    settings, model and manifest is returned as it is, or linked again if its model has learned to re-score since; an
+    `out` with another is refused (RunError). `unusable` are FAILURES that came to light before, of tomograms that are
+    not in `manifest`; if there are no others, ManifestError says why. Raises CheckpointError if models cannot answer
+    together, RunError if the cluster can never run it or its nodes do not see the same files, UnfinishedError if it
+    broke or its counts do not add up.
     """
     check_usable(manifest, unusable)
     out, manifest = absolute(out), manifest.sort_by("tomo_id")
     models = describe_models(model)
-    settings = settings_of_model(models.settings, settings)
-    run = describe_run(manifest, models, settings)
+    learned = learned_of(models)
+    settings = learned.settings_for(settings_of_model(models.settings, settings))
+    run = describe_run(manifest, models, settings) | learned.told()
     there = run_at(out, run)
-    if there.get("status") == "done":
-        log.info("%s: this run is finished already; nothing to do", out)
-        return there
+    if there.get("status") == "done" and there.get("rescorer_sha256") == learned.rescorer_sha256:
+        return finished(out, there, learned.calibration)
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
@@ -76,7 +78,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
-        counts = gather(out, job.plans(), manifest, settings, unusable)
+        counts = gather(out, job.plans(), manifest, settings, unusable, learned.rescore)
         result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
         write_json(join(out, "run.json"), result)
     return result
@@ -95,7 +97,7 @@ def dry_run(manifest: pa.Table, unusable: pa.Table, model: Models, settings: Run
     """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
     check_usable(manifest, unusable)
     models = describe_models(model)
-    settings = settings_of_model(models.settings, settings)
+    settings = learned_of(models).settings_for(settings_of_model(models.settings, settings))
     return estimate(manifest, models.uris, settings) | {"unusable": unusable["error"].to_pylist()}
 
 
@@ -131,6 +133,16 @@ def run_at(out: str, run: dict[str, Any]) -> dict[str, Any]:
         hint = f", or --manifest {begun} to go on with its tomograms" if differing == ["manifest_hash"] else ""
         raise RunError(f"{out}: holds a run with another {' and '.join(differing)}; give --out another folder{hint}")
     return there
+
+
+def finished(out: str, there: dict[str, Any], calibration: dict[str, Any] | None) -> dict[str, Any]:
+    """The run.json of a run that is done, with what has been learned of its model since."""
+    if there.get("calibration") == calibration:
+        log.info("%s: this run is finished already; nothing to do", out)
+        return there
+    write_json(join(out, "run.json"), there | {"calibration": calibration})
+    log.info("%s: this run is finished already; it takes over the calibration of its model", out)
+    return there | {"calibration": calibration}
 
 
 class Job:

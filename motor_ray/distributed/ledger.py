@@ -18,7 +18,7 @@ from motor_ray.archive.plan import pieces
 from motor_ray.config import RunSettings
 from motor_ray.errors import OutageError, RunError, StorageError, UnfinishedError
 from motor_ray.motors.failures import failed_slices, failed_tomograms
-from motor_ray.motors.link import link_slabs
+from motor_ray.motors.link import Rescore, link_slabs
 from motor_ray.storage import exists, join, list_names, open_dataset, read_table, remove, write_table
 from motor_ray.tables import MOTORS, PLAN, SLABS
 
@@ -106,11 +106,17 @@ def complete_pieces(out: str, plans: Sequence[str], manifest: pa.Table) -> Itera
 
 
 def gather(
-    out: str, plans: Sequence[str], manifest: pa.Table, settings: RunSettings, unusable: pa.Table
+    out: str,
+    plans: Sequence[str],
+    manifest: pa.Table,
+    settings: RunSettings,
+    unusable: pa.Table,
+    rescore: Rescore | None = None,
 ) -> dict[str, int]:
     """Link the slabs of a run into motors.parquet, and list what failed in failures.parquet; returns the counts.
 
-    `plans` are the URIs of all that was planned. Raises UnfinishedError if the slabs are not exactly those.
+    `plans` are the URIs of all that was planned. Motors have scores by `rescore`, if it is given. Raises
+    UnfinishedError if the slabs are not exactly those.
     """
     motors, failures = [MOTORS.empty_table()], [unusable]
     counts = Counter({"planned": 0, "ok": 0, "missing": 0, "corrupt": 0})
@@ -118,7 +124,7 @@ def gather(
         counts["planned"] += len(planned["zs"].combine_chunks().flatten())
     for tomograms, looked_at in complete_pieces(out, plans, manifest):
         counts.update(looked_at["slices"].combine_chunks().flatten().field("status").to_pylist())
-        motors.append(link_slabs(looked_at, tomograms, settings.link))
+        motors.append(link_slabs(looked_at, tomograms, settings.link, rescore))
         failures += [
             failed_tomograms(looked_at, tomograms, settings.detect.good_share),
             failed_slices(looked_at, tomograms),

@@ -116,17 +116,23 @@ def slice_of(looks: "list[Look]", placement: list[Frame], radius: float, most: i
     """What was found on a slice, from a look at each of its frames; see `merge_frames`."""
     if not all(look.is_sound for look in looks):
         return {"status": "corrupt", "error": "the network's answer is not finite", "presence": None, "detections": []}
-    boxes, scores = merge_frames(looks, placement, radius)
+    boxes, scores, kept = merge_frames(looks, placement, radius)
     columns = np.column_stack([boxes, scores])[:most].tolist()
     names = ("y", "x", "height", "width", "score")
     detections = [dict(zip(names, values, strict=True)) for values in columns]
+    features = [look.features for look in looks if look.features is not None]
+    if features:
+        packed = np.concatenate(features)[kept]
+        detections = [one | {"features": own.tobytes()} for one, own in zip(detections, packed, strict=False)]
     return {"presence": max(look.presence for look in looks), "detections": detections}
 
 
 def merge_frames(
     looks: "list[Look]", placement: list[Frame], radius: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
     """Boxes ``(n, 4)`` in slice voxels and scores ``(n,)`` of all frames of a slice, best first, each motor once.
+
+    The third are their places among the boxes of all `looks`, one look after another.
 
     A box is dropped if a better one of another frame has its centre within `radius` voxels: where frames overlap,
     both show the same motor. Two boxes of one frame are two motors, as they are on a slice of one frame.
@@ -140,4 +146,4 @@ def merge_frames(
         rivals = [other for other in kept if owner[other] != owner[one]]
         if not rivals or np.linalg.norm(boxes[rivals, :2] - boxes[one, :2], axis=1).min() > radius:
             kept.append(one)
-    return boxes[kept], scores[kept]
+    return boxes[kept], scores[kept], kept

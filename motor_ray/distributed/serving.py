@@ -26,6 +26,7 @@ from motor_ray.detector.description import describe_models
 from motor_ray.distributed.batches import Batches
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
+from motor_ray.distributed.learned import calibration_of
 from motor_ray.distributed.serve_environment import variables
 from motor_ray.errors import BusyError, ConfigError, MotorRayError, OutageError
 from motor_ray.machine import cores
@@ -412,6 +413,10 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
     for name, uris in models.items():
         there = describe_models(checkpoints_of(uris))
         asked = RunSettings(archive=settings.archive, detect=settings.detect, link=settings.link)
-        trained = settings_of_model(there.settings, asked).model_dump(mode="json")
-        cards[name] = [there.uris, there.sha256, trained, there.metrics, there.told()]
+        learned = calibration_of(there)
+        trained = settings_of_model(there.settings, asked)
+        if learned:
+            evaluate = trained.evaluate.model_copy(update={"threshold": learned.threshold})
+            trained = trained.model_copy(update={"evaluate": evaluate})
+        cards[name] = [there.uris, there.sha256, trained.model_dump(mode="json"), there.metrics, there.told()]
     return cards

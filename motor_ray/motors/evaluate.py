@@ -57,16 +57,17 @@ def evaluate(
     settings = settings or EvaluateSettings()
     slices = slices_of(slabs)
     looked_at = set(slices["tomo_id"].to_pylist()) | set(slabs["tomo_id"].to_pylist())
-    _need(looked_at, set(truth_tomograms["tomo_id"]), "labels")
-    _need(looked_at, set(box_edges), "box sizes")
+    need_all(looked_at, set(truth_tomograms["tomo_id"]), "labels")
+    need_all(looked_at, set(box_edges), "box sizes")
     tomograms = truth_tomograms[truth_tomograms["tomo_id"].isin(looked_at)]
     true = truth_motors[truth_motors["tomo_id"].isin(looked_at)]
     columns = ["tomo_id", "z", "y", "x", "score"]
     found = pd.DataFrame({name: motors[name].to_numpy() for name in columns})
     found = found[found["tomo_id"].isin(looked_at)]
-    limits = (settings.threshold, settings.radius_angstrom)
+    threshold = settings.threshold_or_usual
+    limits = (threshold, settings.radius_angstrom)
     return {
-        "slices": _slices(slices, true, tomograms, box_edges, reach_angstrom, settings.threshold),
+        "slices": _slices(slices, true, tomograms, box_edges, reach_angstrom, threshold),
         "tomograms": {
             "n_not_looked_at": len(truth_tomograms) - len(tomograms),
             **tomogram_scores(best_motors(found, true, tomograms), *limits),
@@ -107,7 +108,8 @@ def _slices(
     return {"n_unreadable": int((~readable).sum()), **slice_scores(found, truth, threshold)}
 
 
-def _need(looked_at: set[str], known: set[str], what: str) -> None:
+def need_all(looked_at: set[str], known: set[str], what: str) -> None:
+    """Raises MetricError if a tomogram that was looked at is not among those whose labels, say, are known."""
     if missing := sorted(looked_at - known):
         raise MetricError(
             f"{len(missing)} of {len(looked_at)} tomograms that were looked at have no {what}, such as "

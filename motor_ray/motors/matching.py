@@ -55,7 +55,7 @@ def outcomes(
     spacings = spacings_of(truth_tomograms)
     said = motors.loc[(motors["score"] >= threshold) & motors["tomo_id"].isin(spacings.index), [*PLACE, "score"]]
     true = truth_motors.loc[truth_motors["tomo_id"].isin(spacings.index), PLACE]
-    pairs = _match_all(said, true, spacings, radius_angstrom)
+    pairs = match_all(said, true, spacings, radius_angstrom)
     found = true.iloc[pairs.truth].assign(
         score=said["score"].to_numpy()[pairs.found], distance_angstrom=pairs.distances
     )
@@ -78,7 +78,7 @@ def match_motors(found: Floats, truth: Floats, radius: float) -> Pairs:
     return Pairs(rows[near], columns[near], distances[rows, columns][near])
 
 
-def _match_all(said: pd.DataFrame, true: pd.DataFrame, spacings: pd.Series, radius_angstrom: float) -> Pairs:
+def match_all(said: pd.DataFrame, true: pd.DataFrame, spacings: pd.Series, radius_angstrom: float) -> Pairs:
     """`match_motors` in every tomogram of `spacings`; rows are counted through the whole tables."""
     rows_said, rows_true = (table.groupby("tomo_id").indices for table in (said, true))
     matched = [Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]

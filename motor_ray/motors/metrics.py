@@ -58,6 +58,16 @@ class Counts:
         }
 
 
+def average_precision(scores: Floats, is_right: NDArray[np.bool_], there: int) -> float | None:
+    """Mean precision at each of the motors that are `there`, as ``(n,)`` answers are taken best first; those that no
+    answer is right about count 0, and equal scores are taken wrong answers first. None if there is no motor.
+    """
+    order = np.lexsort((is_right, -scores))
+    hits = is_right[order]
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return _ratio(float(precision[hits].sum()), there)
+
+
 def official_counts(solution: pd.DataFrame, submission: pd.DataFrame, radius_angstrom: float = 1000.0) -> Counts:
     """What the official metric counts, one answer per tomogram.
 
@@ -137,7 +147,7 @@ def best_of(motors: pd.DataFrame) -> pd.DataFrame:
 
 def count_tomograms(best: pd.DataFrame, threshold: float, radius_angstrom: float) -> Counts:
     """The official counts of the table of `best_motors` if scores from `threshold` on say "motor"."""
-    hits, alarms = _hits_and_alarms(best, radius_angstrom)
+    hits, alarms = hits_and_alarms(best, radius_angstrom)
     true_positives = int((hits >= threshold).sum())
     return Counts(true_positives, int((alarms >= threshold).sum()), int(best["has_motor"].sum()) - true_positives)
 
@@ -148,7 +158,7 @@ def tomogram_scores(best: pd.DataFrame, threshold: float, radius_angstrom: float
     Always answering "motor" scores high in F2 on data where most tomograms have one, so read precision and the
     curve beside it. The best threshold was chosen on these very tomograms: it flatters.
     """
-    candidates = np.unique(np.concatenate(_hits_and_alarms(best, radius_angstrom)))
+    candidates = np.unique(np.concatenate(hits_and_alarms(best, radius_angstrom)))
     scored = [_at(best, candidate, radius_angstrom) for candidate in candidates[::-1].tolist()]
     return {
         "n_tomograms": len(best),
@@ -188,8 +198,8 @@ def _at(best: pd.DataFrame, threshold: float, radius_angstrom: float) -> dict[st
     return {"threshold": threshold, **count_tomograms(best, threshold, radius_angstrom).as_dict()}
 
 
-def _hits_and_alarms(best: pd.DataFrame, radius_angstrom: float) -> tuple[Floats, Floats]:
-    """Scores of the right answers, and of the answers where there is no motor."""
+def hits_and_alarms(best: pd.DataFrame, radius_angstrom: float) -> tuple[Floats, Floats]:
+    """Scores of the right answers, and of the answers where there is no motor, in the table of `best_motors`."""
     scores = best["score"].to_numpy(dtype=float)
     said, has_motor = ~np.isnan(scores), best["has_motor"].to_numpy(dtype=bool)
     near = best["distance_angstrom"].to_numpy(dtype=float) <= radius_angstrom

@@ -14,7 +14,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 
 from motor_ray import __version__
 from motor_ray.archive.pictures import check_pixels, picture_size
-from motor_ray.config import PASSES, Augmentation, EvaluateSettings, RunSettings, settings_from
+from motor_ray.config import PASSES, Augmentation, RunSettings, settings_from
 from motor_ray.errors import BusyError, MotorRayError, StorageError
 from motor_ray.service.backend import Ask, Backend, Meter, ModelCard, NoMeter, Picture
 from motor_ray.service.bodies import IMAGE_BODY, IMAGES_BODY, TOMOGRAM_BODY
@@ -249,7 +249,7 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
                 "frame_mode": settings.frame.mode,
                 "in_slices": settings.model.in_slices,
                 "score_threshold": settings.detect.score_threshold,
-                "presence_threshold": EvaluateSettings().threshold,
+                "presence_threshold": settings.evaluate.threshold_or_usual,
                 "box_pixels": settings.targets.box_pixels,
                 "members": card.members,
                 "tta": settings.detect.tta,

@@ -14,7 +14,7 @@ from motor_ray import storage
 from motor_ray.config import FrameSettings, ModelSettings, RunSettings
 from motor_ray.detector import checkpoint
 from motor_ray.detector.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from motor_ray.detector.description import Description, describe_checkpoint
+from motor_ray.detector.description import CALIBRATION, Description, describe_checkpoint
 from motor_ray.detector.model import Detector
 from motor_ray.errors import CheckpointError, ConfigError, StorageError
 
@@ -139,6 +139,22 @@ def test_in_an_object_store_a_crash_after_any_request_leaves_a_good_checkpoint(
     assert describe_checkpoint(uri).metrics == {"map_50": 0.9}
     assert len(storage.list_names(uri)) == 2
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_new_model_replaces_an_old_one_and_what_was_learned_of_it(
+    tmp_path: Path, small_model: SmallModel, memory: bool
+) -> None:
+    uri = "memory://bucket/learned/best" if memory else str(tmp_path / "best")
+    save_checkpoint(uri, small_model(), SETTINGS, {})
+    storage.write_json(storage.join(uri, CALIBRATION), {"threshold": 0.2})
+    load_checkpoint(uri)
+    another = small_model()
+    torch.nn.init.zeros_(another.heads.heatmap.weight)
+    save_checkpoint(uri, another, SETTINGS, {})
+    assert len(storage.list_names(uri)) == 2
+    assert not storage.exists(storage.join(uri, CALIBRATION))
+    load_checkpoint(uri)
 
 
 def test_a_directory_with_other_things_is_not_replaced(tmp_path: Path, small_model: SmallModel) -> None:

@@ -61,6 +61,35 @@ def test_folded_inference_equals_every_kind_of_network(small_model: SmallModel, 
     assert [part.shape[1:] for part in prepare(model, CPU)(frames[:0])] == [part.shape[1:] for part in mixed]
 
 
+def test_features_are_a_projection_of_the_finest_cells_and_change_no_prediction(small_model: SmallModel) -> None:
+    model = small_model()
+    frames = frames_for(model, count=3)
+    plain, seeing = (prepare(model, CPU, mixed_precision=False, features=asked) for asked in (False, True))
+    prediction, features = seeing.seen(frames)
+    assert all(torch.equal(a, b) for a, b in zip(prediction, plain(frames), strict=True))
+    assert features.shape == (3, inference.FEATURES, *prediction.heatmap.shape[2:])
+    assert features.dtype == torch.float32
+    assert plain.seen(frames)[1].shape == (3, 0, *prediction.heatmap.shape[2:])
+    again = prepare(model, CPU, mixed_precision=False, features=True).seen(frames)[1]
+    assert torch.equal(features, again)  # what is trained on them holds for every process
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
+def test_every_kind_of_network_has_features(small_model: SmallModel, changes: dict[str, Any]) -> None:
+    model = small_model(**changes)
+    prediction, features = prepare(model, CPU, features=True).seen(frames_for(model))
+    assert features.shape[1:] == (inference.FEATURES, *prediction.heatmap.shape[2:])
+
+
+def test_a_random_projection_nearly_keeps_distances() -> None:
+    points = torch.randn(40, 256, 1, 1, generator=torch.Generator().manual_seed(0))
+    near = inference.random_projection(256)(points).flatten(1)
+    far = torch.pdist(points.flatten(1))
+    ratio = torch.pdist(near) / far / (inference.FEATURES / 256) ** 0.5
+    assert 0.95 < float(ratio.mean()) < 1.05
+    assert float(ratio.std()) < 0.2
+
+
 def test_no_batch_normalisation_is_left(small_model: SmallModel) -> None:
     for backbone, neck in (("resnet18", "deconvolution"), ("efficientnet_b3", "pyramid")):
         folded = inference.FoldedDetector(small_model(backbone, neck=neck))

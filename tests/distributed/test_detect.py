@@ -1,6 +1,7 @@
 """The pipeline on a real Ray; what its operators do is tested without."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
-from motor_ray.detector.description import describe_models
+from motor_ray.detector.description import describe_models, rescorer_hash
+from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.model import build_model
+from motor_ray.detector.rescore import Rescorer, save_rescorer
 from motor_ray.distributed.cluster import object_store_limit
-from motor_ray.distributed.detect import Tally, compilation, detect, dry_run, settings_of_model, write_plan
+from motor_ray.distributed.detect import Tally, compilation, detect, dry_run, finished, settings_of_model, write_plan
 from motor_ray.distributed.ledger import gather
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
@@ -27,6 +30,7 @@ from motor_ray.distributed.preflight import Pools, plan_pools, room
 from motor_ray.distributed.progress import News, Steady
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import CheckpointError, ManifestError, RunError, UnfinishedError
+from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, PLAN, table_hash
 
 NONE = FAILURES.empty_table()
@@ -89,6 +93,43 @@ def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(da
         detect(manifest.slice(1), NONE, checkpoint, out, settings)
     begun = storage.read_table(str(tmp_path / "run" / "tomograms.parquet"))
     assert detect(begun, NONE, checkpoint, out, settings) == first
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
+def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(damaged, settings, checkpoint, tmp_path):
+    model, out = tmp_path / "best", tmp_path / "run"
+    shutil.copytree(checkpoint, model)
+    manifest = make_manifest(damaged, settings.archive)
+    seeing = settings_from(settings.model_dump() | {"detect": settings.detect.model_dump() | {"features": True}})
+    before = detect(manifest, NONE, str(model), str(out), seeing)
+    slabs = {path.name: path.stat().st_mtime_ns for path in (out / "slabs").iterdir()}
+    plain = storage.read_table(str(out / "motors.parquet"))
+    head = Rescorer(PRESENT + 2 * FEATURES, len(GEOMETRY))
+    torch.nn.init.constant_(head.together[-1].bias, 1.0)
+    save_rescorer(str(model), head, before["model_sha256"], {})
+    after = detect(manifest, NONE, str(model), str(out), settings)  # which keeps features without being told to
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "slabs").iterdir()} == slabs
+    assert after["rescorer_sha256"] == rescorer_hash(str(model))
+    again = storage.read_table(str(out / "motors.parquet"))
+    np.testing.assert_allclose(logits(again), logits(plain) + 1, rtol=1e-3, atol=1e-3)
+    assert again.drop_columns("score") == plain.drop_columns("score")
+    assert detect(manifest, NONE, str(model), str(out), settings) == after
+
+
+def logits(motors):
+    scores = motors["score"].to_numpy()
+    return np.log(scores / (1 - scores))
+
+
+def test_a_finished_run_takes_over_what_was_learned_of_its_model_since(tmp_path):
+    out = str(tmp_path)
+    done = {"status": "done", "counts": {"motors": 3}, "calibration": None}
+    assert finished(out, done, None) == done
+    assert not (tmp_path / "run.json").exists()
+    learned = {"threshold": 0.2}
+    assert finished(out, done, learned) == done | {"calibration": learned}
+    assert json.loads((tmp_path / "run.json").read_text()) == done | {"calibration": learned}
 
 
 def test_nothing_is_written_before_the_model_is_known_to_be_one(settings, tmp_path, archive):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
+from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.looks import Look
 from motor_ray.distributed.frame_store import FrameStore, fill
 from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
@@ -39,6 +40,22 @@ def test_rows_keep_their_ids_and_types_from_plan_to_slabs(plan, settings, checkp
         assert [one["z"] for one in slab] == planned
         assert all(one["status"] == "ok" and 0 <= one["presence"] <= 1 for one in slab)
         assert any(one["detections"] for one in slab)
+
+
+def test_features_are_kept_with_each_detection_and_change_nothing_else(plan, settings, checkpoint):
+    seeing = changed(settings, detect={"features": True})
+    frames = LoadSlab(settings)(plan)
+    plain, seen = (ScoreFrames(one, checkpoint)(frames).to_pylist() for one in (settings, seeing))
+    pairs = [
+        (a, b)
+        for one, two in zip(plain, seen, strict=True)
+        for here, there in zip(one["slices"], two["slices"], strict=True)
+        for a, b in zip(here["detections"], there["detections"], strict=True)
+    ]
+    assert pairs
+    assert all(a["features"] is None and len(b["features"]) == 2 * 2 * FEATURES for a, b in pairs)
+    assert all(a == b | {"features": None} for a, b in pairs)
+    assert len({b["features"] for _, b in pairs}) > len(pairs) / 2
 
 
 def test_a_slab_without_any_good_slice_still_has_its_row(plan, settings, checkpoint, tmp_path):
@@ -165,14 +182,23 @@ def looks_at(placement, motors):
 
 def test_several_frames_of_a_slice_give_one_list_in_which_each_motor_stands_once(placement):
     looks = looks_at(placement, [(48, 48, 0.9), (60, 48, 0.8)])  # nearer than their boxes are wide
-    boxes, scores = merge_frames(looks, placement, radius=8.0)
+    boxes, scores, _ = merge_frames(looks, placement, radius=8.0)
     np.testing.assert_allclose(boxes[:, :2], [[48, 48], [60, 48]], atol=1e-6)
     np.testing.assert_allclose(scores, [0.9, 0.8])
 
 
+def test_of_several_frames_each_detection_keeps_the_features_of_its_own(placement):
+    looks = looks_at(placement, [(48, 48, 0.9), (60, 48, 0.8)])
+    features = [np.array([[number, 0], [number, 1]], np.float16) for number in range(4)]
+    seen = slice_of([look._replace(features=own) for look, own in zip(looks, features, strict=True)], placement, 8.0, 9)
+    told = [np.frombuffer(one["features"], np.float16).tolist() for one in seen["detections"]]
+    assert told == [[0, 0], [0, 1]]
+    assert "features" not in slice_of(looks, placement, 8.0, 9)["detections"][0]
+
+
 def test_two_boxes_of_one_frame_are_two_motors_however_near(placement):
     look = Look(np.array([[30.0, 30, 20, 20], [33, 30, 20, 20]]), np.array([0.9, 0.8]), 0.9, True)
-    boxes, _ = merge_frames([look], placement[:1], radius=8.0)
+    boxes, *_ = merge_frames([look], placement[:1], radius=8.0)
     assert len(boxes) == 2
 
 

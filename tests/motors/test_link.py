@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from motor_ray.config import LinkSettings
 from motor_ray.errors import ManifestError
 from motor_ray.motors.failures import failed_slices, failed_tomograms
-from motor_ray.motors.link import SLICES, Motor, detections_of, link_motors, link_slabs, slices_of
+from motor_ray.motors.link import SLICES, detections_of, link_slabs, slices_of
+from motor_ray.motors.tracks import Motor, link_candidates
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, SLABS
 
 SPACING = 13.3
@@ -42,7 +43,9 @@ def track(
 
 
 def link(*tracks: Found, looked_at: Any = ALL, spacing: float = SPACING, rules: LinkSettings = SETTINGS) -> list[Motor]:
-    return link_motors(np.concatenate(tracks), np.asarray(looked_at), spacing, rules)
+    found = link_candidates(np.concatenate(tracks), np.asarray(looked_at), spacing, rules)
+    assert all(one.motor.n_slices == len(one.detections) for one in found)
+    return [one.motor for one in found]
 
 
 def slabs_of(detections: Found, zs: Any, tomo_id: str = "tomo_a", per_slab: int = 12) -> list[dict[str, Any]]:

@@ -1,0 +1,65 @@
+"""What a checkpoint has learned after training, as detection uses it: a threshold, and a second look at candidates."""
+
+import logging
+from typing import Any, NamedTuple
+
+from motor_ray.config import RunSettings
+from motor_ray.detector.description import CALIBRATION, Ensemble, rescorer_hash
+from motor_ray.motors.calibration import Calibration, calibration_at
+from motor_ray.motors.link import Rescore
+from motor_ray.motors.neighbourhood import neighbourhoods
+from motor_ray.storage import join
+
+log = logging.getLogger(__name__)
+
+
+class Learned(NamedTuple):
+    """Of a checkpoint; None for what it has not learned."""
+
+    calibration: dict[str, Any] | None
+    rescorer_sha256: str | None
+    rescore: Rescore | None
+
+    def told(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"calibration": self.calibration, "rescorer_sha256": self.rescorer_sha256}
+
+    def settings_for(self, settings: RunSettings) -> RunSettings:
+        """`settings` that keep the features by which candidates are judged."""
+        if self.rescore is None:
+            return settings
+        return settings.model_copy(update={"detect": settings.detect.model_copy(update={"features": True})})
+
+
+def learned_of(models: Ensemble) -> Learned:
+    """What a checkpoint has learned; several together are another model, of which nothing is known.
+
+    Raises CheckpointError or ConfigError if it is damaged.
+    """
+    if len(models.uris) > 1:
+        log.info("%d models answer together: what each alone has learned after training is not used", len(models.uris))
+        return Learned(None, None, None)
+    [uri] = models.uris
+    rescorer = rescorer_hash(uri)
+    calibration = calibration_at(join(uri, CALIBRATION), models.sha256, rescorer)
+    return Learned(
+        calibration.model_dump(mode="json") if calibration else None,
+        rescorer,
+        rescoring(uri, models.sha256) if rescorer else None,
+    )
+
+
+def calibration_of(models: Ensemble) -> Calibration | None:
+    """The calibration of the scores of a single checkpoint as it is, without re-scoring."""
+    if len(models.uris) > 1:
+        return None
+    return calibration_at(join(models.uris[0], CALIBRATION), models.sha256)
+
+
+def rescoring(model: str, model_sha256: str) -> Rescore:
+    """What the head in the checkpoint `model` makes of the candidates of a tomogram. Raises CheckpointError."""
+    # Not at the top: who starts a run without re-scoring would wait 3 s for torch.
+    from motor_ray.detector.rescore import load_rescorer
+
+    head = load_rescorer(model, model_sha256)
+    return lambda linked: head.score(*neighbourhoods(linked)).tolist()
