@@ -78,8 +78,8 @@ def pseudo_label(
             choice, line = one_round(data, number, best, choice)
             done.append(line)
             note(data, done)
-            if not line["better"]:
-                log.info("%s: round %d was no better; the next would choose the same again", data.uri, number)
+            if not line["kept"]:
+                log.info("%s: round %d was worse; the next would choose the same again", data.uri, number)
                 break
             best = Model(line["model"], line["after"])
     return note(data, done)
@@ -156,10 +156,10 @@ def begin(data: Data, model: str | None) -> None:
 
 def note(data: Data, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Write down what came of the rounds so far, for programs and for people; returns it."""
-    better = [line for line in rounds if line["better"]]
+    kept = [line for line in rounds if line["kept"]]
     record: dict[str, Any] = read_json(join(data.uri, RECORD)) | {
         "rounds": rounds,
-        "model": better[-1]["model"] if better else rounds[0]["teacher"],
+        "model": kept[-1]["model"] if kept else rounds[0]["teacher"],
     }
     write_json(join(data.uri, RECORD), record)
     write_bytes(join(data.uri, "report.md"), report(rounds).encode())

@@ -41,7 +41,7 @@ def _line(line: dict[str, Any]) -> str:
         f"{changes['tomograms_added']} / {changes['tomograms_dropped']} / {changes['tomograms_changed']}",
         f"{changes['motors_added']} / {changes['motors_dropped']}",
         *(f"{_score(before[name])} -> {_score(after[name])}" for name in ("mAP@0.5", "f2")),
-        "kept" if line["better"] else "no better, dropped",
+        "kept" if line["kept"] else "worse, dropped",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -94,7 +94,7 @@ def one_round(data: Data, number: int, best: Model, before: Choice | None) -> tu
         "teacher": best.uri,
         "before": best.scores,
         "after": after,
-        "better": rank_of(after) >= rank_of(best.scores),
+        "kept": rank_of(after) >= rank_of(best.scores),
         "model": model,
         "labels": uris["labels"],
     }

@@ -96,7 +96,7 @@ def test_a_round_teaches_labels_and_what_is_sure_and_starts_from_the_best(data, 
     assert added.tomograms["tomo_id"].tolist() == names[:2]
     assert added.motors_of(names[1]).shape == (0, 3)
     assert (line["motors"], line["tomograms_without"], line["doubtful_motors"], line["undecided"]) == (1, 1, 1, 1)
-    assert line["better"]
+    assert line["kept"]
     assert choice.with_motor == [names[0]]
 
 
@@ -129,7 +129,7 @@ def test_rounds_go_on_while_they_are_no_worse_and_the_best_model_is_told(
         manifest, archive.labels, others, NONE, settings, str(tmp_path), "run", rounds=5, workers=(1, 1),
         model=checkpoint,
     )  # fmt: skip
-    assert [line["better"] for line in run["rounds"]] == [True, True, False]
+    assert [line["kept"] for line in run["rounds"]] == [True, True, False]
     assert stands.detected == [checkpoint, *(str(tmp_path / "run" / f"round-{n}" / "best") for n in (1, 2))]
     assert run["model"] == str(tmp_path / "run" / "round-2" / "best")
     assert run["rounds"][1]["changes"]["motors_added"] == 1
