@@ -11,19 +11,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.plan import make_plan
 from motor_ray.bench.accuracy_archives import Archive
 from motor_ray.config import EvaluateSettings, RunSettings
 from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
 from motor_ray.distributed.scoring import Looking, ScoreFrames
 from motor_ray.errors import UnfinishedError
-from motor_ray.motors.link import link_slabs
+from motor_ray.motors.evaluate import boxes_on_slices
+from motor_ray.motors.link import detections_of, link_slabs, slices_of
 from motor_ray.motors.metrics import best_motors, count_tomograms
-from motor_ray.results import evaluate_run
+from motor_ray.motors.slice_metrics import mean_average_precision
+from motor_ray.results import evaluate_run, run_settings
 from motor_ray.storage import read_table, write_json, write_table
 from motor_ray.tables import FAILURES, SLABS
+from motor_ray.views import box_edges
+
+Floats = NDArray[np.float64]
 
 RECALL = 0.9
 """At which false positives are counted."""
@@ -69,7 +77,7 @@ def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unsee
     """All scores of a detector on the test, at the threshold that is best on validation.
 
     `validation` and `test` are finished runs, `labels` those of the two archives, `unseen` the voxel spacings that
-    training did not see: mAP@0.5 and F2 are told for those alone as well.
+    training did not see: F2 is told for those alone as well.
     """
     threshold = best_threshold(best_table(validation, labels[0]))
     settings = EvaluateSettings(threshold=threshold)
@@ -79,13 +87,38 @@ def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unsee
     strange = labels[1].tomograms.loc[labels[1].tomograms["voxel_spacing_angstrom"].isin(list(unseen)), "tomo_id"]
     far = count_tomograms(best[best["tomo_id"].isin(strange)], threshold, settings.radius_angstrom)
     return {
-        **{name: said["slices"][name] for name in ("mAP@0.5", "mAP@0.7", "mAP@0.9")},
+        **average_precisions(test, labels[1]),
         **{name: tomograms[name] for name in ("f2", "precision", "recall")},
         "f2_unseen_spacings": far.f_beta(2),
         "localisation_error_angstrom": motors["localisation_error_angstrom_median"],
         "false_positives_at_recall": false_positives(motors_of(test), best, RECALL, settings.radius_angstrom),
         "threshold": threshold,
     }
+
+
+def average_precisions(run: Path, labels: Labels) -> dict[str, float | None]:
+    """MAP on the labelled slices of a run: all that show a motor, and as many that clearly show none.
+
+    These are chosen as training chooses its own. Between the two lie slices on which a motor is seen, but fades; to
+    call a box there wrong would judge the labels' reach rather than the detector.
+    """
+    settings = run_settings(str(run))
+    every = settings.train.model_copy(update={"slices_per_motor": 1000})
+    manifest = with_labelled_spacing(read_table(str(run / "tomograms.parquet")), labels)
+    plan = sample_plan(manifest, labels, settings.model_copy(update={"train": every}), settings.train.split_seed)
+    chosen = {(row["tomo_id"], row["zs"][0]) for row in plan.to_pylist()}
+    slices = slices_of(read_table(str(run / "slabs")))
+    found: list[tuple[Floats, Floats]] = []
+    truth: list[Floats] = []
+    for row in manifest.to_pylist():
+        own = slices.filter(pc.equal(slices["tomo_id"], row["tomo_id"]))
+        own = own.filter(pa.array([(row["tomo_id"], z) in chosen for z in own["z"].to_pylist()], pa.bool_()))
+        detections, spacing = detections_of(own), row["voxel_spacing_angstrom"]
+        cuts = np.searchsorted(detections.slice_index, np.arange(1, len(own)))
+        found += list(zip(np.split(detections.boxes, cuts), np.split(detections.scores, cuts), strict=True))[: len(own)]
+        edges, reach = box_edges((row["size_y"], row["size_x"]), spacing, settings), settings.targets.reach_angstrom
+        truth += boxes_on_slices(own["z"].to_numpy(), labels.motors_of(row["tomo_id"]), edges, reach / spacing)
+    return mean_average_precision(found, truth)
 
 
 def motors_of(run: Path) -> pd.DataFrame:

@@ -94,10 +94,10 @@ def markdown(lines: Sequence[Line]) -> str:
 
 NOTES = (
     "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, from random weights.",
-    "mAP on all slices of the test; F2, P and R on whole tomograms, by the official metric, at the threshold that was "
-    "best on validation tomograms. False positives: motors found in each motor-free tomogram at the threshold with "
-    "recall 0.9. Images: frames that training went through. Time: one thread, in turn in one process; a peer's is the "
-    "faster of float32 and bfloat16.",
+    "mAP on the test's slices that show a motor and as many that clearly show none. F2, P and R on whole tomograms, "
+    "by the official metric, at the threshold that was best on validation tomograms. False positives: motors found in "
+    "each motor-free tomogram at the threshold with recall 0.9. Images: frames that training went through. Time: one "
+    "thread, in turn in one process; a peer's is the faster of float32 and bfloat16.",
 )
 
 

@@ -232,12 +232,15 @@ def test_what_is_done_is_not_done_again_and_a_failure_leaves_it(tmp_path, monkey
 
 
 def test_the_test_has_spacings_that_training_has_not_and_no_tomogram_is_in_two_parts(tmp_path):
-    small = Sizes(shape=(12, 48, 48), tomograms=(2, 2, 4, 2), clutter=0.0, train_counts=(1, 0), motor_counts=(1, 0))
+    small = Sizes(shape=(12, 48, 48), tomograms=(3, 3, 5, 3), clutter=0.0, train_counts=(1, 0), motor_counts=(1, 0))
     parts = {part: archive(tmp_path, part, small) for part in SEEDS}
     names = [name for one in parts.values() for name in one.manifest["tomo_id"].to_pylist()]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 14
     assert set(parts["train"].manifest["voxel_spacing_angstrom"].to_pylist()) == set(small.seen_spacings)
-    assert set(parts["test"].labels.tomograms["voxel_spacing_angstrom"]) == {13.1, 16.0, 19.7, 22.5}
+    assert set(parts["test"].labels.tomograms["voxel_spacing_angstrom"]) == {
+        *small.seen_spacings,
+        *small.unseen_spacings,
+    }
     again = archive(tmp_path, "test", small)
     assert again.manifest.equals(parts["test"].manifest)
 
