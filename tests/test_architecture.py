@@ -38,7 +38,8 @@ ALLOWED = {
     "bench": BASE
     | {"archive", "slices", "detector", "motors", "service", "client", "distributed", "progress", "results", "demo"}
     | {"capacity"}  # to compare what it foretells with what is measured
-    | {"views"},  # how large a true box is, to score slices of its own choice
+    | {"views"}  # how large a true box is, to score slices of its own choice
+    | {"refining"},  # what can be learned of a trained detector is compared as well
     "demo": BASE | {"archive", "distributed", "results", "progress"},
     "verbs": BASE
     | {"archive", "distributed", "results", "progress", "demo", "bench", "service", "planning", "refining"},

@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 def models_of(job: Job) -> list[str]:
     """The checkpoints that answer for a row that is no peer's."""
-    if job.row.training == "none":
+    if job.row.training in ("none", "rescored"):
         return [model for need in job.needs for model in models_of(need)]
     cyclic = job.settings.train.schedule == "cyclic" and job.row.training != "soup"
     return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))

@@ -143,9 +143,9 @@ def requirements(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
 
 
 def best(lines: Iterable[Line], roles: Sequence[Role]) -> Line | None:
-    """Of the lines with these roles that with the highest F2 on validation; of equals the later one."""
+    """Of the lines with these roles that with the highest F2 on validation; of equals the first one."""
     own = [line for line in lines if line.role in roles and line.validation_f2]
-    return max(reversed(own), key=lambda line: line.validation_f2.mean if line.validation_f2 else 0.0, default=None)
+    return max(own, key=lambda line: line.validation_f2.mean if line.validation_f2 else 0.0, default=None)
 
 
 def margin(single: Line, peers: Sequence[Line], score: str) -> float | None:
