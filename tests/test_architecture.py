@@ -37,7 +37,9 @@ ALLOWED = {
     "tables": set(),
     "bench": BASE
     | {"archive", "slices", "detector", "motors", "service", "client", "distributed", "progress", "results", "demo"}
-    | {"capacity"},  # to compare what it foretells with what is measured
+    | {"capacity"}  # to compare what it foretells with what is measured
+    | {"views"}  # how large a true box is, to score slices of its own choice
+    | {"refining"},  # what can be learned of a trained detector is compared as well
     "demo": BASE | {"archive", "distributed", "results", "progress"},
     "verbs": BASE
     | {"archive", "distributed", "results", "progress", "demo", "bench", "service", "planning", "refining"},

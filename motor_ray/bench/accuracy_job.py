@@ -56,17 +56,18 @@ class Job(NamedTuple):
 
 def models_of(job: Job) -> list[str]:
     """The checkpoints that answer for a row that is no peer's."""
-    if job.row.training == "none":
+    if job.row.training in ("none", "rescored"):
         return [model for need in job.needs for model in models_of(need)]
     cyclic = job.settings.train.schedule == "cyclic" and job.row.training != "soup"
     return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))
 
 
-def looking_of(job: Job, *, precise: bool = True) -> Looking:
-    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`."""
+def looking_of(job: Job, *, precise: bool | None = None) -> Looking:
+    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`, or if it must be."""
     detect = job.settings.detect
     if job.row.training in PEERS:
         peer = load_peer(job.row.training, job.settings, job.folder)
+        precise = not peer.narrow_is_exact if precise is None else precise
         return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
     return Looker(models_of(job), detect, threads=1, compiled="off")
 

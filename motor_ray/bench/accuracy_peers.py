@@ -51,6 +51,9 @@ class Found(NamedTuple):
 class Peer(Protocol):
     """A network with its own loss and its own way from maps to boxes."""
 
+    narrow_is_exact: bool
+    """Whether boxes are as exact if only the network computes in bfloat16."""
+
     def loss(self, images: torch.Tensor, corners: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss on ``(b, 1, size, size)`` z-scored images with true boxes, in pixels as in Found."""
 
@@ -90,6 +93,8 @@ def _exact(outputs: Any) -> Any:
 
 class TorchvisionPeer(nn.Module):
     """RetinaNet or FCOS as torchvision builds them, on the benchmark's backbone, with one class."""
+
+    narrow_is_exact = True
 
     def __init__(self, kind: type[RetinaNet] | type[FCOS], settings: RunSettings) -> None:
         super().__init__()

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, short_hash
 from motor_ray.errors import ConfigError
 
-Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "none"]
-"""Who learns what: 'soup' averages weights, 'none' only looks, with models of other rows."""
+Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "rescored", "none"]
+"""Who learns what: 'soup' averages weights, 'rescored' looks twice, 'none' only looks, with models of other rows."""
 
 Role = Literal["seed", "peer", "single", "light", "ensemble"]
 
@@ -62,6 +62,14 @@ ROWS: dict[str, Row] = {
         what="the repository's defaults, backbone included: what the light one is measured by",
         changes={"model": {"backbone": "resnet101"}},
     ),
+    "uncalibrated": Row(
+        title="seed's model, threshold 0.15",
+        role="seed",
+        training="none",
+        of=("seed",),
+        what="the usual threshold, where every other row's was learned on validation tomograms",
+        changes={"evaluate": {"threshold": 0.15}},
+    ),
     "light": Row(
         title="light",
         role="light",
@@ -88,6 +96,14 @@ ROWS: dict[str, Row] = {
         training="pseudo",
         of=("seed",),
         what="the seed's model goes on with what it is sure of on unlabelled tomograms, for as many frames again",
+    ),
+    "rescored": Row(
+        title="+ re-scoring",
+        role="single",
+        training="rescored",
+        of=("seed",),
+        what="a small head, learned on validation tomograms, judges what the seed's model linked",
+        changes={"detect": {"features": True}},
     ),
     "tta": Row(
         title="+ TTA",

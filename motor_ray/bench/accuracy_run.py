@@ -22,7 +22,7 @@ from motor_ray.bench.accuracy_archives import Archive, archive
 from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of
 from motor_ray.bench.accuracy_peers import PeerTrainee
 from motor_ray.bench.accuracy_rows import PEERS, key_of
-from motor_ray.bench.accuracy_scores import best_table, best_threshold, look_over, scores_of
+from motor_ray.bench.accuracy_scores import best_table, learn_rescoring, look_over, scores_of, with_threshold
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
@@ -44,10 +44,10 @@ def run_row(job: Job) -> dict[str, Any]:
     train, validation, test = (archive(job.work, part, job.sizes) for part in ("train", "validation", "test"))
     history, images = train_row(job, train, validation)
     trained = time.process_time()
-    look = looking_of(job)
-    runs = job.folder / "validation", job.folder / "test"
-    for where, run in zip((validation, test), runs, strict=True):
-        look_over(where, look, settings, run)
+    look, runs = looking_of(job), (job.folder / "validation", job.folder / "test")
+    look_over(validation, look, settings, runs[0])
+    rescore = learn_rescoring(runs[0], validation, job.seed) if job.row.training == "rescored" else None
+    look_over(test, look, settings, runs[1], rescore)
     return {
         "key": key_of(job.name, job.seed, job.sizes),
         "row": job.name,
@@ -66,7 +66,7 @@ def run_row(job: Job) -> dict[str, Any]:
 def train_row(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
     """Make the row's models, if it has any of its own; what each validation said, and how many frames were learned."""
     settings = job.settings
-    if job.row.training == "none":
+    if job.row.training in ("none", "rescored"):
         return [], 0
     if job.row.training == "soup":
         shutil.rmtree(job.folder / "best", ignore_errors=True)  # of a run that broke off
@@ -106,9 +106,10 @@ def slices_of(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def validation_f2(run: Path, archive: Archive) -> float | None:
-    """The best F2 on validation tomograms: by which the best of our rows is chosen."""
-    best = best_table(run, archive.labels)
-    return count_tomograms(best, best_threshold(best), 1000.0).f_beta(2)
+    """F2 on validation tomograms at the row's threshold: by which the best of our rows is chosen."""
+    settings = with_threshold(run, archive.labels)
+    counts = count_tomograms(best_table(run, archive.labels), settings.threshold_or_usual, settings.radius_angstrom)
+    return counts.f_beta(2)
 
 
 def trainee_of(job: Job, data: Data, settings: RunSettings) -> Trainee:

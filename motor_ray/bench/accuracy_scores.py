@@ -4,26 +4,38 @@ A detector is a function from images to looks; what it says of an archive is wri
 without Ray, so that whatever reads such runs reads these.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.plan import make_plan
 from motor_ray.bench.accuracy_archives import Archive
 from motor_ray.config import EvaluateSettings, RunSettings
+from motor_ray.detector.rescore import train_rescorer
 from motor_ray.distributed.loading import LoadSlab
+from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
 from motor_ray.distributed.scoring import Looking, ScoreFrames
 from motor_ray.errors import UnfinishedError
-from motor_ray.motors.link import link_slabs
+from motor_ray.motors.calibrate import best_threshold
+from motor_ray.motors.evaluate import boxes_on_slices
+from motor_ray.motors.link import Rescore, detections_of, link_slabs, slices_of
 from motor_ray.motors.metrics import best_motors, count_tomograms
-from motor_ray.results import evaluate_run
+from motor_ray.motors.neighbourhood import Neighbourhoods, neighbourhoods
+from motor_ray.motors.slice_metrics import mean_average_precision
+from motor_ray.refining import candidates, out_of_fold
+from motor_ray.results import evaluate_run, run_settings
 from motor_ray.storage import read_table, write_json, write_table
 from motor_ray.tables import FAILURES, SLABS
+from motor_ray.views import box_edges
+
+Floats = NDArray[np.float64]
 
 RECALL = 0.9
 """At which false positives are counted."""
@@ -36,10 +48,12 @@ class Scorer(ScoreFrames):
         self._begin(settings, look, None)
 
 
-def look_over(archive: Archive, look: Looking, settings: RunSettings, out: Path) -> None:
+def look_over(
+    archive: Archive, look: Looking, settings: RunSettings, out: Path, rescore: Rescore | None = None
+) -> None:
     """Look at every slice of an archive and link what is seen; written to the folder `out` as a finished run.
 
-    Raises UnfinishedError if a slice could not be looked at.
+    Motors have scores by `rescore`, if it is given. Raises UnfinishedError if a slice could not be looked at.
     """
     rows = archive.manifest.to_pylist()
     plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.slab_slices)
@@ -48,16 +62,11 @@ def look_over(archive: Archive, look: Looking, settings: RunSettings, out: Path)
     statuses = set(slabs["slices"].combine_chunks().flatten().field("status").to_pylist())
     if statuses != {"ok"}:
         raise UnfinishedError(f"{out}: slices are {', '.join(sorted(statuses - {'ok'}))}; the benchmark needs all")
-    write_run(out, archive, plan, slabs, settings)
-
-
-def write_run(out: Path, archive: Archive, plan: pa.Table, slabs: pa.Table, settings: RunSettings) -> None:
-    """Write what `motor-ray detect` writes, run.json last."""
     tables = {
         "tomograms": archive.manifest,
         "plan": plan,
         "slabs/all": slabs.cast(SLABS),
-        "motors": link_slabs(slabs, archive.manifest, settings.link),
+        "motors": link_slabs(slabs, archive.manifest, settings.link, rescore),
         "failures": FAILURES.empty_table(),
     }
     for name, table in tables.items():
@@ -66,26 +75,60 @@ def write_run(out: Path, archive: Archive, plan: pa.Table, slabs: pa.Table, sett
 
 
 def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unseen: Iterable[float]) -> dict[str, Any]:
-    """All scores of a detector on the test, at the threshold that is best on validation.
+    """All scores of a detector on the test, at the threshold that is best on validation, or that its settings give.
 
     `validation` and `test` are finished runs, `labels` those of the two archives, `unseen` the voxel spacings that
-    training did not see: mAP@0.5 and F2 are told for those alone as well.
+    training did not see: F2 is told for those alone as well.
     """
-    threshold = best_threshold(best_table(validation, labels[0]))
-    settings = EvaluateSettings(threshold=threshold)
+    settings = with_threshold(validation, labels[0])
+    threshold = settings.threshold_or_usual
     said = evaluate_run(str(test), labels[1], settings)
     tomograms, motors = said["tomograms"], said["motors"]
     best = best_table(test, labels[1])
     strange = labels[1].tomograms.loc[labels[1].tomograms["voxel_spacing_angstrom"].isin(list(unseen)), "tomo_id"]
     far = count_tomograms(best[best["tomo_id"].isin(strange)], threshold, settings.radius_angstrom)
     return {
-        **{name: said["slices"][name] for name in ("mAP@0.5", "mAP@0.7", "mAP@0.9")},
+        **average_precisions(test, labels[1]),
         **{name: tomograms[name] for name in ("f2", "precision", "recall")},
         "f2_unseen_spacings": far.f_beta(2),
         "localisation_error_angstrom": motors["localisation_error_angstrom_median"],
         "false_positives_at_recall": false_positives(motors_of(test), best, RECALL, settings.radius_angstrom),
         "threshold": threshold,
     }
+
+
+def with_threshold(validation: Path, labels: Labels) -> EvaluateSettings:
+    """Settings with the threshold that has the best F2 on the finished run, unless the run's settings give another."""
+    settings = run_settings(str(validation)).evaluate
+    if settings.threshold is not None:
+        return settings
+    threshold = best_threshold(best_table(validation, labels), settings.radius_angstrom)
+    return settings.model_copy(update={"threshold": threshold})
+
+
+def average_precisions(run: Path, labels: Labels) -> dict[str, float | None]:
+    """MAP on the labelled slices of a run: all that show a motor, and as many that clearly show none.
+
+    These are chosen as training chooses its own. Between the two lie slices on which a motor is seen, but fades; to
+    call a box there wrong would judge the labels' reach rather than the detector.
+    """
+    settings = run_settings(str(run))
+    every = settings.train.model_copy(update={"slices_per_motor": 1000})
+    manifest = with_labelled_spacing(read_table(str(run / "tomograms.parquet")), labels)
+    plan = sample_plan(manifest, labels, settings.model_copy(update={"train": every}), settings.train.split_seed)
+    chosen = {(row["tomo_id"], row["zs"][0]) for row in plan.to_pylist()}
+    slices = slices_of(read_table(str(run / "slabs")))
+    found: list[tuple[Floats, Floats]] = []
+    truth: list[Floats] = []
+    for row in manifest.to_pylist():
+        own = slices.filter(pc.equal(slices["tomo_id"], row["tomo_id"]))
+        own = own.filter(pa.array([(row["tomo_id"], z) in chosen for z in own["z"].to_pylist()], pa.bool_()))
+        detections, spacing = detections_of(own), row["voxel_spacing_angstrom"]
+        cuts = np.searchsorted(detections.slice_index, np.arange(1, len(own)))
+        found += list(zip(np.split(detections.boxes, cuts), np.split(detections.scores, cuts), strict=True))[: len(own)]
+        edges, reach = box_edges((row["size_y"], row["size_x"]), spacing, settings), settings.targets.reach_angstrom
+        truth += boxes_on_slices(own["z"].to_numpy(), labels.motors_of(row["tomo_id"]), edges, reach / spacing)
+    return mean_average_precision(found, truth)
 
 
 def motors_of(run: Path) -> pd.DataFrame:
@@ -96,23 +139,6 @@ def motors_of(run: Path) -> pd.DataFrame:
 def best_table(run: Path, labels: Labels) -> pd.DataFrame:
     """One row per tomogram, see `best_motors`."""
     return best_motors(motors_of(run), labels.motors, labels.tomograms)
-
-
-def best_threshold(best: pd.DataFrame, radius_angstrom: float = EvaluateSettings().radius_angstrom) -> float:
-    """The score from which to say "motor" for the highest F2 on the table of `best_motors`.
-
-    Scores between two of the table's do equally well; the middle is taken, for either end is as near to a worse
-    threshold as can be.
-    """
-    scores = np.unique(best["score"].dropna().to_numpy(dtype=float))[::-1]
-    edges = np.concatenate([[1.0], scores, [0.0]])
-    middles = (edges[:-1] + edges[1:]) / 2
-    values = [count_tomograms(best, middle, radius_angstrom).f_beta(2) or 0.0 for middle in middles.tolist()]
-    first = int(np.argmax(values))
-    last = first
-    while last + 1 < len(values) and values[last + 1] == values[first]:
-        last += 1
-    return float((edges[first] + edges[last + 1]) / 2)
 
 
 def false_positives(motors: pd.DataFrame, best: pd.DataFrame, recall: float, radius_angstrom: float) -> float | None:
@@ -129,3 +155,24 @@ def false_positives(motors: pd.DataFrame, best: pd.DataFrame, recall: float, rad
         return None
     said = motors["tomo_id"].isin(empty) & (motors["score"] >= hits[wanted - 1])
     return float(said.sum() / len(empty))
+
+
+def learn_rescoring(run: Path, archive: Archive, seed: int) -> Rescore:
+    """A head learned from a finished run with features, as `motor-ray rescore` learns it.
+
+    The run's own motors get the scores of heads that did not see their tomograms, so that a threshold may be learned
+    from them as well.
+    """
+    there = candidates(str(run), archive.labels, EvaluateSettings().radius_angstrom)
+
+    def train(around: Neighbourhoods, is_motor: NDArray[np.bool_]) -> Callable[[Neighbourhoods], Floats]:
+        head = train_rescorer(*around, is_motor, seed=seed)
+        return lambda others: head.score(*others)
+
+    judged = there.motors.assign(score=out_of_fold(there, train, seed)).groupby("tomo_id")["score"]
+    own = {name: scores.tolist() for name, scores in judged}
+    settings, slabs = run_settings(str(run)), read_table(str(run / "slabs"))
+    motors = link_slabs(slabs, archive.manifest, settings.link, lambda linked: own[linked.tomo_id])
+    write_table(motors, str(run / "motors.parquet"))
+    head = train(there.around, there.is_motor)
+    return lambda linked: head(neighbourhoods(linked)).tolist()

@@ -94,10 +94,10 @@ def markdown(lines: Sequence[Line]) -> str:
 
 NOTES = (
     "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, from random weights.",
-    "mAP on all slices of the test; F2, P and R on whole tomograms, by the official metric, at the threshold that was "
-    "best on validation tomograms. False positives: motors found in each motor-free tomogram at the threshold with "
-    "recall 0.9. Images: frames that training went through. Time: one thread, in turn in one process; a peer's is the "
-    "faster of float32 and bfloat16.",
+    "mAP on the test's slices that show a motor and as many that clearly show none. F2, P and R on whole tomograms, "
+    "by the official metric, at the threshold that was best on validation tomograms. False positives: motors found in "
+    "each motor-free tomogram at the threshold with recall 0.9. Images: frames that training went through. Time: one "
+    "thread, in turn in one process; a peer's is the faster of float32 and bfloat16.",
 )
 
 
@@ -143,9 +143,9 @@ def requirements(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
 
 
 def best(lines: Iterable[Line], roles: Sequence[Role]) -> Line | None:
-    """Of the lines with these roles that with the highest F2 on validation; of equals the later one."""
+    """Of the lines with these roles that with the highest F2 on validation; of equals the first one."""
     own = [line for line in lines if line.role in roles and line.validation_f2]
-    return max(reversed(own), key=lambda line: line.validation_f2.mean if line.validation_f2 else 0.0, default=None)
+    return max(own, key=lambda line: line.validation_f2.mean if line.validation_f2 else 0.0, default=None)
 
 
 def margin(single: Line, peers: Sequence[Line], score: str) -> float | None:

@@ -5,6 +5,7 @@ those of `motor-ray train`, and the same for every detector; only network and lo
 """
 
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,8 @@ from motor_ray.motors.slice_metrics import slice_scores
 Line = dict[str, Any]
 
 ROWS_AT_A_TIME = 64
+
+log = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
@@ -67,6 +70,7 @@ def fit(trainee: Trainee, settings: RunSettings) -> list[Line]:
         found = [(one.boxes, one.scores) for one in judged]
         scores = slice_scores(found, [one.truth for one in judged], settings.detect.score_threshold)
         history.append({"epoch": epoch, **scores})
+        log.info("epoch %d of %d: mAP@0.5 %.3f", epoch + 1, settings.train.epochs, scores["mAP@0.5"] or 0.0)
         if validations_since_best([rank_of(line) for line in history]) == 0:
             trainee.keep(history[-1])
         trainee.end_epoch(history[-1])

@@ -32,6 +32,8 @@ OVERLAP = 0.7
 class YoloPeer(nn.Module):
     """See Peer of accuracy_peers."""
 
+    narrow_is_exact = False  # it makes boxes within the network
+
     def __init__(self, settings: RunSettings) -> None:  # noqa: ARG002
         super().__init__()
         for name, value in QUIET.items():
