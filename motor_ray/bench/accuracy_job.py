@@ -93,5 +93,7 @@ def as_json(jobs: Sequence[Job], what: str) -> dict[str, Any]:
 
 def from_json(said: dict[str, Any]) -> list[Job]:
     """The inverse of `as_json`."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()
+    }
     return [Job(Path(said["work"]), name, seed, Sizes(**values)) for name, seed in said["jobs"]]

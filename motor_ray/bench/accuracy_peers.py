@@ -74,11 +74,11 @@ class _Unclipped:
         return [one | {"boxes": one["boxes"] - MARGIN} for one in found]
 
 
-class _RetinaNet(_Unclipped, RetinaNet):
+class _RetinaNet(_Unclipped, RetinaNet):  # type: ignore[misc]  # torchvision has no types
     """See RetinaNet of torchvision."""
 
 
-class _FCOS(_Unclipped, FCOS):
+class _FCOS(_Unclipped, FCOS):  # type: ignore[misc]
     """See FCOS of torchvision."""
 
 
@@ -122,7 +122,7 @@ class TorchvisionPeer(nn.Module):
         return [Found(one["boxes"], one["scores"]) for one in found]
 
 
-class _CoarseLevels(LastLevelP6P7):
+class _CoarseLevels(LastLevelP6P7):  # type: ignore[misc]
     """Torchvision's levels of stride 64 and 128, in float32.
 
     In bfloat16 the gradient of a convolution from a few cells to one is not finite on some CPUs (seen with torch 2.14

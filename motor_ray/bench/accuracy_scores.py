@@ -133,7 +133,8 @@ def average_precisions(run: Path, labels: Labels) -> dict[str, float | None]:
 
 def motors_of(run: Path) -> pd.DataFrame:
     """The MOTORS of a run."""
-    return read_table(str(run / "motors.parquet")).to_pandas()
+    motors: pd.DataFrame = read_table(str(run / "motors.parquet")).to_pandas()
+    return motors
 
 
 def best_table(run: Path, labels: Labels) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The accuracy benchmark: what it compares, by which threshold, and what it does not do twice."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,7 @@ def test_a_pixels_edges_lie_half_a_pixel_from_its_index():
 def test_all_of_a_peer_learns_from_a_batch_in_which_a_frame_shows_nothing(name):
     if name == "yolo":
         pytest.importorskip("ultralytics")
-    peer = build_peer(name, settings_of(TINY, 1, {})).train()
+    peer: Any = build_peer(name, settings_of(TINY, 1, {})).train()
     images = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     truth = [to_corners(np.array([[30.0, 40.0, 24.0, 24.0]])), to_corners(np.empty((0, 4)))]
     with narrow():
@@ -198,7 +199,7 @@ def test_what_is_done_is_not_done_again_and_a_failure_leaves_it(tmp_path, monkey
 
     monkeypatch.setattr(accuracy.Crew, "run", run)
     monkeypatch.setattr(accuracy, "archive", lambda *_: None)
-    monkeypatch.setattr(accuracy, "report", lambda work, sizes: shown.append(accuracy.done_jobs(work, sizes)) or {})
+    monkeypatch.setattr(accuracy, "report", lambda work, sizes: shown.append(accuracy.done_jobs(work, sizes)))
     with pytest.raises(UnfinishedError, match="no memory"):
         accuracy.bench_accuracy(("seed", "plain", "fcos"), str(tmp_path), seeds=1, sizes=TINY)
     assert asked == ["plain CenterNet, seed 420", "FCOS, seed 420"]
