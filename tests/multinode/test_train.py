@@ -12,7 +12,7 @@ from tests.distributed.conftest import COUNTS, SHAPE, SMALL
 from tests.distributed.killers import SCORER, TRAINER, until
 from tests.distributed.trainings import SLOT, Labelled, goes_through_all_samples
 
-pytestmark = [pytest.mark.ray, pytest.mark.multinode, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.multinode, pytest.mark.timeout(900)]
 
 EPOCHS = 60
 """So many that Ray, which looks for room once a minute, finds the node that comes."""
@@ -30,7 +30,7 @@ def labelled(s3, tmp_path: Path) -> Labelled:
     files, path = filesystem(join(folder, "archive"))
     files.put(f"{tmp_path / 'train'}/", f"{path}/", recursive=True)
     write_bytes(join(folder, "labels.csv"), (tmp_path / "train_labels.csv").read_bytes())
-    train = {"epochs": EPOCHS, "patience": EPOCHS, "checkpoint_steps": 4, "tensorboard": False, "tomograms": "end"}
+    train = {"epochs": EPOCHS, "patience": EPOCHS, "checkpoint_steps": 1000, "tensorboard": False, "tomograms": "end"}
     settings = settings_from(SMALL.model_dump() | {"train": SMALL.train.model_dump() | train})
     (tmp_path / "settings.yaml").write_text(settings.model_dump_json())
     archive, labels, runs = (join(folder, name) for name in ("archive", "labels.csv", "runs"))
