@@ -104,13 +104,6 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
-def require_slots(slots: int, what: str) -> None:
-    """Raises RunError if the cluster has fewer CPUs than `what` takes: Ray would wait for ever."""
-    there = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if there < slots:
-        raise RunError(f"the cluster has {there} CPUs, {what} take {slots}; ask for fewer, or add nodes")
-
-
 def _set_up_ray_data() -> None:
     """Leave the terminal to our own progress, while Ray Data's log file keeps everything; and fail rather than hang."""
     context = ray.data.DataContext.get_current()

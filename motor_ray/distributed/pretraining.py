@@ -31,10 +31,12 @@ from motor_ray.detector.reconstruction import (
     save_reconstructor,
 )
 from motor_ray.distributed.cluster import connected
+from motor_ray.distributed.frame_store import count_frames
 from motor_ray.distributed.ledger import alone
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.pretrain_loop import Picture, pretrain_worker, puzzle_of, rank_of, with_neighbours_seen
+from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.distributed.team import require_team, slots_for, team_of_this_machine
 from motor_ray.distributed.training import check_name, fit, read_metrics, run_at
 from motor_ray.errors import ConfigError, ManifestError
@@ -65,7 +67,8 @@ def pretrain(
     concerns optimisation, the network, frames and augmentation are as in `train`. A finished run is not resumed but
     returned. `unusable` are FAILURES of tomograms that are not in `manifest`; if there are no others, ManifestError
     says why. Raises ManifestError for fewer than two tomograms, CheckpointError if the weights to start with cannot be
-    had, ConfigError for settings that pre-training has no use for, RunError and UnfinishedError as `train` does.
+    had, ConfigError for settings that pre-training has no use for, TomogramError for a spacing that is needed but not
+    known, RunError and UnfinishedError as `train` does.
     """
     check_name(name)
     check_settings(settings)
@@ -76,6 +79,8 @@ def pretrain(
     storage = absolute(storage)
     run_uri = join(storage, name)
     plans = pretrain_plans(manifest, settings)
+    for plan in plans.values():
+        count_frames(plan, settings)  # tells a tomogram whose spacing the frames need before anything is begun
     run: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
         "tomograms": len(manifest),
@@ -95,6 +100,7 @@ def pretrain(
     with connected(slots_for(workers[0], settings)):
         require_team(workers, settings)
         with alone(run_uri):
+            require_shared([first_tomogram(manifest)], run_uri)
             if start is not None:
                 begin(run_uri, run, plans, start)
             fit(run, settings, storage, name, workers, work=pretrain_worker, title="pre-training")
@@ -119,6 +125,11 @@ def check_settings(settings: RunSettings) -> None:
         raise ConfigError(
             "--train.start-from takes a whole detector, which pre-training does not make; give the weights of a "
             "backbone with --model.pretrained"
+        )
+    if settings.model.in_slices == 3 and settings.pretrain.mask_share == 0:
+        raise ConfigError(
+            "pretrain.mask_share 0 hides nothing, and a network of model.in_slices 3 sees all that it is to say; hide "
+            "a part (--pretrain.mask-share 0.3), or pre-train with --model.in-slices 1"
         )
 
 

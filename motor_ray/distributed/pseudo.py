@@ -9,6 +9,7 @@ report.md. Only what somebody labelled validates. Every step goes on where it st
 
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -55,8 +56,8 @@ def pseudo_label(
 
     Each round detects with the best model so far, starts from its weights, and trains on the labels and on what was
     chosen. Rounds end early when one is worse on the validation tomograms: the next would choose the same again.
-    The same call goes on where it stopped; more rounds may be asked for. `unusable` are FAILURES of tomograms that are
-    in neither MANIFEST.
+    The same call goes on where it stopped; more rounds may be asked for, and fewer take none away. `unusable` are
+    FAILURES of tomograms that are in neither MANIFEST.
 
     `unlabelled` are tomograms of another archive; those of `manifest` that `labels` do not mention if that is None.
     Returns what pseudo.json says. Raises ConfigError, ManifestError or LabelsError before any work for what cannot be,
@@ -67,7 +68,7 @@ def pseudo_label(
         raise ConfigError(f"--rounds {rounds}: expected 1 or more")
     data = prepare(manifest, labels, unlabelled, unusable, settings, study_at(storage, name), workers)
     require_possible(data, model)
-    begin(data, model)
+    rounds = max(rounds, begin(data, model))
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
         data = data._replace(workers=team_of_this_machine(workers, data.settings))
     with connected(slots_for(data.workers[0], data.settings)), alone(data.uri):
@@ -129,10 +130,26 @@ def require_possible(data: Data, model: str | None) -> None:
     for part in PARTS:
         plan_part(data.manifest, data.labels, data.settings, split[part], part)
     new_model(starting_from(data.settings, model))
+    if model:
+        require_unseen(model, split["validation"])
 
 
-def begin(data: Data, model: str | None) -> None:
-    """Write down what the rounds are about. Raises RunError if the folder is about something else."""
+def require_unseen(model: str, validation: Collection[str]) -> None:
+    """Raises LabelsError if the run that left the checkpoint `model` says that it was trained on one to validate with.
+
+    A checkpoint that was copied away from its run can't be asked.
+    """
+    where = join(model.rstrip("/").rpartition("/")[0], "run.json")
+    run = read_json(where) if exists(where) else {}
+    if seen := sorted(set(run.get("split", {}).get("train", [])) & set(validation)):
+        raise LabelsError(
+            f"{model}: was trained on {seen[0]} and {len(seen) - 1} others that validate here, so it would seem better "
+            "than it is; give the labels and --train.split-seed that it was trained with, or leave out --model"
+        )
+
+
+def begin(data: Data, model: str | None) -> int:
+    """Write down what the rounds are about; returns how many are done. Raises RunError for a folder about others."""
     record: dict[str, Any] = {
         "settings": data.settings.model_dump(mode="json"),
         "data_hash": table_hash(
@@ -145,13 +162,14 @@ def begin(data: Data, model: str | None) -> None:
         if exists(data.uri):
             raise RunError(f"{data.uri}: is there already and holds no {RECORD}; give another --name")
         write_json(where, record | {"rounds": []})
-        return
+        return 0
     there = read_json(where)
     if differences := settings_differences(there["settings"], record["settings"], whole=True):
         raise RunError(f"{data.uri}: was started with other settings: {'; '.join(differences)}; go on with the same")
     for what, words in (("data_hash", "labels or tomograms"), ("start", "weights in --model")):
         if there[what] != record[what]:
             raise RunError(f"{data.uri}: was started with other {words}; go on with the same, or give another --name")
+    return len(there["rounds"])
 
 
 def note(data: Data, rounds: list[dict[str, Any]]) -> dict[str, Any]:

@@ -108,13 +108,17 @@ def trained(data: Data, name: str, manifest: pa.Table, labels: Labels, settings:
 
 
 def validated(data: Data, number: int, model: str) -> dict[str, Any]:
-    """How a model does on whole validation tomograms, all of their slices: the same for every round."""
+    """How a model does on whole validation tomograms, all of their slices: the same for every round.
+
+    All are judged at one threshold, though the first may have learned one of its own.
+    """
     split = split_labelled(data.manifest["tomo_id"].to_pylist(), data.labels, data.settings.train.split_seed)
     held_out = data.manifest.filter(pc.is_in(data.manifest["tomo_id"], pa.array(split["validation"])))
     settings = data.settings.model_copy(update={"detect": data.settings.detect.model_copy(update={"exhaustive": True})})
     found = join(data.uri, f"validation-{number}")
     detect(held_out, FAILURES.empty_table(), model, found, settings)
-    scores = evaluate_run(found, data.labels, settings.evaluate)
+    same = settings.evaluate.model_copy(update={"threshold": settings.evaluate.threshold_or_usual})
+    scores = evaluate_run(found, data.labels, same)
     return {name: scores["slices"][name] for name in SCORES} | {
         name: scores["tomograms"][name] for name in TOMOGRAM_SCORES
     }

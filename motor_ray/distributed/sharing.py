@@ -25,12 +25,12 @@ def first_tomogram(manifest: pa.Table) -> str:
 
 
 def require_shared(inputs: Iterable[str], out: str) -> None:
-    """Raises RunError unless every node with CPUs sees what this process sees of the `inputs`, and writes to `out`.
+    """Raises RunError unless every node that works sees what this process sees of the `inputs`, and writes to `out`.
 
-    Object storage is the same for all, so that only local paths are asked for, and only if there are several nodes.
+    Object storage is the same for all, so that only local paths are asked for, and only of other nodes than this one.
     """
-    workers = [node for node in alive() if node["Resources"].get("CPU", 0) > 0]
-    if len(workers) < 2:
+    workers = [node for node in alive() if node["NodeID"] != here() and _works(node)]
+    if not workers:
         return
     with token_in(out) as token:
         unseen = unseen_by(workers, [uri for uri in (*inputs, *token) if _is_local(uri) and not _unseen([uri])])
@@ -39,6 +39,11 @@ def require_shared(inputs: Iterable[str], out: str) -> None:
             f"{out if path in token else path}: the node {node} does not see what lies there; on several "
             "nodes data, model and results belong into object storage (s3://...) or onto a disk that all of them share"
         )
+
+
+def here() -> str:
+    """Ray's name of the node of this process."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 @contextlib.contextmanager
@@ -67,6 +72,11 @@ def unseen_by(nodes: Sequence[Mapping[str, Any]], uris: Sequence[str]) -> list[t
 
 def _unseen(uris: Sequence[str]) -> list[str]:
     return [uri for uri in uris if not os.path.exists(uri.removeprefix("file://"))]
+
+
+def _works(node: Mapping[str, Any]) -> bool:
+    """Whether anything of ours may run on a node: a scorer beside a GPU takes no CPU."""
+    return any(node["Resources"].get(kind, 0) > 0 for kind in ("CPU", "GPU"))
 
 
 def _is_local(uri: str) -> bool:

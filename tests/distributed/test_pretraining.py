@@ -18,7 +18,7 @@ from motor_ray.distributed.optimisation import prepared
 from motor_ray.distributed.pretrain_loop import Pictures, Restorer, puzzles_at, with_neighbours_seen
 from motor_ray.distributed.pretraining import even_slices, pretrain, pretrain_plans, some_pictures
 from motor_ray.distributed.training import train
-from motor_ray.errors import ConfigError, ManifestError, RunError
+from motor_ray.errors import ConfigError, ManifestError, RunError, TomogramError
 from motor_ray.storage import read_table
 from motor_ray.tables import FAILURES
 
@@ -106,6 +106,24 @@ def test_settings_that_would_be_passed_over_are_refused(manifest, settings, tmp_
     asked = settings.model_copy(update={"train": settings.train.model_copy(update={"start_from": "runs/a/best"})})
     with pytest.raises(ConfigError, match=r"--train\.start-from takes a whole detector"):
         pretrain(manifest, NONE, asked, str(tmp_path), "run", workers=(1, 1), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "complaint"),
+    [
+        ({"model": {"in_slices": 3}, "pretrain": {"mask_share": 0}}, ConfigError, "mask_share 0 hides nothing"),
+        ({"frame": {"mode": "spacing"}}, TomogramError, "spacing"),
+    ],
+)
+def test_what_nothing_could_be_learned_with_is_refused_before_the_name_is_taken(
+    manifest, settings, tmp_path, groups, error, complaint
+):
+    asked = settings_from(settings.model_dump() | {group: dict(own) for group, own in groups.items()})
+    column = manifest.schema.get_field_index("voxel_spacing_angstrom")
+    unknown = manifest.set_column(column, manifest.field(column), pa.nulls(len(manifest), pa.float64()))
+    with pytest.raises(error, match=complaint):
+        pretrain(unknown, NONE, asked, str(tmp_path), "run", workers=(1, 1), resume=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.ray

@@ -14,10 +14,10 @@ from motor_ray.archive.simulate import simulate_archive
 from motor_ray.config import settings_from
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed import pseudo_steps
-from motor_ray.distributed.pseudo import begin, prepare, pseudo_label, require_possible
+from motor_ray.distributed.pseudo import begin, prepare, pseudo_label, require_possible, require_unseen
 from motor_ray.distributed.pseudo_steps import Model, chosen, one_round
 from motor_ray.errors import ConfigError, LabelsError, ManifestError, RunError, UnfinishedError
-from motor_ray.storage import join, read_table, write_json, write_table
+from motor_ray.storage import join, read_json, read_table, write_json, write_table
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS
 
 NONE = FAILURES.empty_table()
@@ -148,6 +148,22 @@ def test_other_settings_or_labels_are_refused(data):
     fewer = Labels(data.labels.tomograms, data.labels.motors.iloc[1:])
     with pytest.raises(RunError, match="was started with other labels or tomograms"):
         begin(data._replace(labels=fewer), None)
+
+
+def test_fewer_rounds_than_are_done_take_none_away(data):
+    assert begin(data, None) == 0
+    where = join(data.uri, "pseudo.json")
+    write_json(where, read_json(where) | {"rounds": [{}, {}, {}]})
+    assert begin(data, None) == 3
+
+
+def test_a_model_that_learned_from_a_tomogram_which_validates_is_refused(tmp_path):
+    write_json(str(tmp_path / "run.json"), {"split": {"train": ["b", "c", "d"], "validation": ["a"]}})
+    model = str(tmp_path / "best")
+    require_unseen(model, ["a", "e"])
+    with pytest.raises(LabelsError, match="was trained on b and 1 others that validate here"):
+        require_unseen(model, ["a", "b", "d"])
+    require_unseen(str(tmp_path / "copied" / "best"), ["b"])
 
 
 def test_a_folder_of_something_else_is_left_alone(data):

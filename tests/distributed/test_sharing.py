@@ -14,15 +14,20 @@ from motor_ray.errors import RunError
 def asked(monkeypatch) -> list[list[str]]:
     """What two nodes are asked for, of which the second sees nothing of what lies below /tmp."""
     uris: list[list[str]] = []
-    nodes = [{"NodeManagerAddress": f"10.0.0.{number}", "Resources": {"CPU": 2.0}} for number in (1, 2)]
-    head = {"NodeManagerAddress": "10.0.0.9", "Resources": {"memory": 1e9}}
+    nodes = [
+        {"NodeID": str(number), "NodeManagerAddress": f"10.0.0.{number}", "Resources": {kind: 2.0}}
+        for number, kind in enumerate(("CPU", "GPU"), start=1)
+    ]
+    here = {"NodeID": "9", "NodeManagerAddress": "10.0.0.9", "Resources": {"CPU": 2.0}}
+    head = {"NodeID": "0", "NodeManagerAddress": "10.0.0.8", "Resources": {"memory": 1e9}}
 
     def unseen_by(asked_nodes, asked_uris):
         assert asked_nodes == nodes
         uris.append(asked_uris)
         return [("10.0.0.2", asked_uris)] if asked_uris else []
 
-    monkeypatch.setattr(sharing, "alive", lambda: [head, *nodes])
+    monkeypatch.setattr(sharing, "alive", lambda: [head, here, *nodes])
+    monkeypatch.setattr(sharing, "here", lambda: "9")
     monkeypatch.setattr(sharing, "unseen_by", unseen_by)
     return uris
 
@@ -62,6 +67,6 @@ def test_a_folder_for_results_is_tried_with_a_file_that_does_not_stay(asked, tmp
 
 
 def test_on_one_node_nobody_is_asked(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharing, "alive", lambda: [{"Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(sharing, "alive", lambda: [{"NodeID": "9", "Resources": {"CPU": 2.0}}])
     require_shared([str(tmp_path)], str(tmp_path))
     assert asked == []
