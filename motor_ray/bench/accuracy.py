@@ -7,6 +7,7 @@ Every row and seed is written down when it is done, so the benchmark goes on whe
 parts; each process computes on one thread.
 """
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -19,7 +20,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from motor_ray.bench.accuracy_archives import Sizes, archive, short_hash
+from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, short_hash
 from motor_ray.bench.accuracy_figure import accuracy_figure
 from motor_ray.bench.accuracy_job import Job
 from motor_ray.bench.accuracy_job import as_json as job_json
@@ -45,13 +46,16 @@ def bench_accuracy(
     """Train and score what is not done yet of the rows `parts`, all without any; returns the whole table.
 
     Everything is kept in the folder `work`, where accuracy.json, accuracy.md and accuracy.png of all that is done
-    appear as well. Raises ConfigError for an unknown row, UnfinishedError if a training fails: what is done stays.
+    appear as well. Raises ConfigError for an unknown row or one whose package is missing, UnfinishedError if a training
+    fails: what is done stays.
     """
     names = chosen(parts)
     if seeds < 1 or processes < 1:
         raise ConfigError(f"--seeds {seeds} and --processes {processes}: expected 1 or more of each")
     sizes, folder = sizes or Sizes(), Path(work).absolute()
-    for part in ("train", "validation", "test"):
+    if "yolo" in names and importlib.util.find_spec("ultralytics") is None:
+        raise ConfigError("the row yolo needs ultralytics: pip install 'motor-ray[bench]', or choose other --parts")
+    for part in SEEDS:
         archive(folder, part, sizes)
     # Seed by seed, so that the table is whole early.
     jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in names]
@@ -78,7 +82,8 @@ class Crew:
                 child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
                 self._at_work.add(child)
             code = child.wait()
-            self._at_work.discard(child)
+            with self._lock:
+                self._at_work.discard(child)
         if code:
             raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}; the same command goes on")
 

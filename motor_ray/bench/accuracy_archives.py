@@ -185,5 +185,8 @@ def _simulate(where: Path, motor_counts: list[int], seed: int, spacing: float, s
         whole.mkdir()
         for name in ("train", "train_labels.csv"):
             shutil.move(Path(fresh) / name, whole / name)
-        if not where.exists():  # another run, with other rows, may have been faster; it made the same
+        try:
             whole.rename(where)
+        except OSError:  # another process, with another row, may have been faster; it made the same
+            if not where.exists():
+                raise

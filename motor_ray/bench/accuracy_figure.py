@@ -9,12 +9,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from motor_ray.bench.accuracy_rows import ROWS, Role
 from motor_ray.bench.accuracy_table import Line, mean
-from motor_ray.motors.picture import BLACK, BLUE, GREEN, PURPLE, VERMILION, write_picture
+from motor_ray.motors.picture import BLACK, BLUE, GREEN, PURPLE, SKY, VERMILION, write_picture
 
 KINDS: dict[Role, tuple[str, str, str]] = {
     "peer": ("other detectors", VERMILION, "s"),
     "seed": ("seed's model", BLACK, "D"),
     "single": ("+ one part, or all", BLUE, "o"),
+    "more data": ("+ unlabelled tomograms", SKY, "P"),
     "light": ("light", GREEN, "v"),
     "ensemble": ("ensembles", PURPLE, "^"),
 }
@@ -26,7 +27,7 @@ NEAR = 1.3
 
 
 def accuracy_figure(uri: str, lines: Sequence[Line]) -> None:
-    """Write a PNG of F2 on the test against CPU time per slice, one point per row, its deviation over seeds as a bar.
+    """Write a PNG of F2 on the test against time per slice, one point per row, its deviation over seeds as a bar.
 
     Rows that were not timed are left out. Raises StorageError if `uri` cannot be written.
     """
@@ -98,7 +99,7 @@ def _finish(axis: Axes, lines: Sequence[Line]) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("CPU time per slice on one thread, ms")
+    axis.set_xlabel("time per slice on one thread, ms")
     axis.set_ylabel("F2 on the test tomograms")
     axis.set_title("Simulated tomograms; mean and standard deviation over seeds", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, short_hash
+from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, settings_of, short_hash
 from motor_ray.errors import ConfigError
 
 Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "rescored", "none"]
 """Who learns what: 'soup' averages weights, 'rescored' looks twice, 'none' only looks, with models of other rows."""
 
-Role = Literal["seed", "peer", "single", "light", "ensemble"]
+Role = Literal["seed", "peer", "single", "more data", "light", "ensemble"]
+"""'more data' goes through twice the frames and sees tomograms without labels: no equal of the others."""
 
 PEERS = ("retinanet", "fcos", "yolo")
 
@@ -86,13 +87,13 @@ ROWS: dict[str, Row] = {
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
     "pretrained": Row(
         title="+ self-supervised start",
-        role="single",
+        role="more data",
         training="pretrained",
         what="the backbone has first learned, from as many frames without labels, to say what hidden parts show",
     ),
     "pseudo": Row(
         title="+ pseudo-labels",
-        role="single",
+        role="more data",
         training="pseudo",
         of=("seed",),
         what="the seed's model goes on with what it is sure of on unlabelled tomograms, for as many frames again",
@@ -134,9 +135,8 @@ ROWS: dict[str, Row] = {
 def key_of(name: str, seed: int, sizes: Sizes) -> str:
     """Equal for a row and seed of which the result is the same."""
     row = ROWS[name]
-    return short_hash(
-        [sizes.key, name, row.training, merged({}, row.changes), seed, [key_of(one, seed, sizes) for one in row.of]]
-    )
+    settings = settings_of(sizes, seed, changes_of(name)).model_dump(mode="json")
+    return short_hash([sizes.key, name, row.training, settings, [key_of(one, seed, sizes) for one in row.of]])
 
 
 def changes_of(name: str) -> Changes:

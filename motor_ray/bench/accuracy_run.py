@@ -120,7 +120,7 @@ def trainee_of(job: Job, data: Data, settings: RunSettings) -> Trainee:
 
 
 def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
-    """CPU milliseconds per slice of the trained detectors of `jobs`, on one thread, in turn.
+    """Milliseconds per slice of the trained detectors of `jobs`, on one thread, in turn.
 
     A peer counts with the faster of float32 and bfloat16.
     """

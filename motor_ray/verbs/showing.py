@@ -100,8 +100,9 @@ class Bench:
         if self.what == "accuracy":
             from motor_ray.bench.accuracy import bench_accuracy
 
-            work, seeds, processes = self.work or "motor-ray-accuracy", self.seeds, self.processes
-            return bench_accuracy(self.parts, work, seeds=3 if seeds is None else seeds, processes=processes or 1)
+            given = {"seeds": self.seeds, "processes": self.processes}
+            numbers = {name: number for name, number in given.items() if number is not None}
+            return bench_accuracy(self.parts, self.work or "motor-ray-accuracy", **numbers)
         if self.what == "looks":
             from motor_ray.bench.looks import bench_looks
 

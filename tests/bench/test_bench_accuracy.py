@@ -140,6 +140,15 @@ def test_our_best_model_is_chosen_by_validation_and_compared_with_the_best_peer(
     assert "ensemble_gain" not in asked
 
 
+def test_a_recall_that_a_seed_does_not_reach_is_no_good_figure_and_neither_is_a_single_seed():
+    results = [result_of("seed", 1, 0.8, false_positives_at_recall=0.0), result_of("fcos", 1, 0.7)]
+    results += [result_of("seed", 2, 0.8, false_positives_at_recall=None)]
+    asked = requirements(lines_of(results, {}))
+    assert asked["false_positives"] == asked["false_positives"] | {"figure": None, "ok": False}
+    asked = requirements(lines_of(results[:2], {}))
+    assert asked["single_over_peers_f2"] == asked["single_over_peers_f2"] | {"figure": None, "ok": False}
+
+
 def test_a_picture_is_drawn_of_what_there_is(tmp_path):
     results = [result_of("seed", 420, 0.8), result_of("seed", 421, 0.9), result_of("fcos", 420, 0.7)]
     accuracy_figure(str(tmp_path / "a.png"), lines_of(results, {"seed": 20.0, "fcos": 21.0}))
