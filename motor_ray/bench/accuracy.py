@@ -16,7 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def bench_accuracy(
     """Train and score what is not done yet of the rows `parts`, all without any; returns the whole table.
 
     Everything is kept in the folder `work`, where accuracy.json, accuracy.md and accuracy.png of all that is done
-    appear as well. Raises ConfigError for an unknown row or one whose package is missing, UnfinishedError if a training
-    fails: what is done stays.
+    appear as well. Raises ConfigError for an unknown row or one whose package is missing, UnfinishedError at the end if
+    a row could not be done.
     """
     names = chosen(parts)
     if seeds < 1 or processes < 1:
@@ -59,17 +60,21 @@ def bench_accuracy(
         archive(folder, part, sizes)
     # Seed by seed, so that the table is whole early.
     jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in names]
-    run_all([job for job in jobs if job.result is None], processes)
-    return report(folder, sizes)
+    failed = run_all([job for job in jobs if job.result is None], processes)
+    said = report(folder, sizes)
+    if failed:
+        raise UnfinishedError(
+            f"{folder}: {len(failed)} of {len(jobs)} could not be done: {'; '.join(failed)}. What could is in "
+            f"{said['table']}; the same command tries the others again"
+        )
+    return said
 
 
 class Crew:
     """The processes that are at work; once they are sent home no other starts."""
 
     def __init__(self) -> None:
-        self._lock, self._at_work = threading.Lock(), set[subprocess.Popen[bytes]]()
-        self.problem: BaseException | None = None
-        """Why they were sent home."""
+        self._lock, self._at_work, self._is_home = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, said: dict[str, Any], folder: Path, title: str) -> None:
         """Run accuracy_run on one thread; its words go to log.txt in `folder`. Raises UnfinishedError if it fails."""
@@ -77,7 +82,7 @@ class Crew:
         command = [sys.executable, "-m", "motor_ray.bench.accuracy_run", str(folder / "job.json")]
         with (folder / "log.txt").open("wb") as out:
             with self._lock:
-                if self.problem:
+                if self._is_home:
                     raise UnfinishedError(f"{title}: was not begun")
                 child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
                 self._at_work.add(child)
@@ -85,20 +90,20 @@ class Crew:
             with self._lock:
                 self._at_work.discard(child)
         if code:
-            raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}; the same command goes on")
+            raise UnfinishedError(f"{title}: {last_words(folder / 'log.txt')}")
 
-    def send_home(self, problem: BaseException) -> None:
-        """End what is at work; of several problems the first one is remembered."""
+    def send_home(self) -> None:
+        """End what is at work."""
         with self._lock:
-            self.problem = self.problem or problem
+            self._is_home = True
             for child in self._at_work:
                 child.terminate()
 
 
-def run_all(jobs: Sequence[Job], processes: int) -> None:
-    """Run each job in a process of its own, so many at a time. Raises UnfinishedError if one fails, which ends all.
+def run_all(jobs: Sequence[Job], processes: int) -> list[str]:
+    """Run each job in a process of its own, so many at a time; why some failed, or could not begin without others.
 
-    What was not done then, or when Ctrl-C was pressed, is begun anew the next time.
+    What was not done when Ctrl-C was pressed is begun anew the next time.
     """
     crew = Crew()
     with ThreadPoolExecutor(processes) as pool:
@@ -107,32 +112,31 @@ def run_all(jobs: Sequence[Job], processes: int) -> None:
             before = [futures[need] for need in job.needs if need in futures]
             futures[job] = pool.submit(run_job, job, crew, before)
         try:
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-        except BaseException as problem:
-            crew.send_home(problem)
-            raise
-        finally:
+            wait(futures.values())
+        except BaseException:
+            crew.send_home()
             pool.shutdown(cancel_futures=True)
-    if crew.problem:
-        raise crew.problem
+            raise
+    problems = [future.exception() for future in futures.values()]
+    if unexpected := [one for one in problems if one and not isinstance(one, UnfinishedError)]:
+        raise unexpected[0]
+    return [str(one) for one in problems if one]
 
 
 def run_job(job: Job, crew: Crew, before: Sequence["Future[None]"] = ()) -> None:
-    """Run a row with one seed once what it needs is done; if that fails all go home."""
-    wait(before)
-    if crew.problem:
-        return
-    started = time.monotonic()
+    """Run a row with one seed once what it needs is done. Raises UnfinishedError if that, or it itself, fails."""
+    title, started = f"{job.row.title}, seed {job.seed}", time.monotonic()
+    if any(one.exception() for one in before):
+        raise UnfinishedError(f"{title}: needs what failed")
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
-        crew.run(job_json([job], "row"), job.folder, f"{job.row.title}, seed {job.seed}")
-    except BaseException as problem:
-        crew.send_home(problem)
+        crew.run(job_json([job], "row"), job.folder, title)
+    except UnfinishedError as error:
+        log.warning("%s", error)
         raise
     assert job.result, job.folder
     scores, seconds = job.result["scores"], time.monotonic() - started
-    quality = f"mAP@0.5 {scores['mAP@0.5']:.3f}, F2 {scores['f2']:.3f} (simulated)"
-    log.info("%s, seed %d: %s, %.0f s", job.row.title, job.seed, quality, seconds)
+    log.info("%s: mAP@0.5 %.3f, F2 %.3f (simulated), %.0f s", title, scores["mAP@0.5"], scores["f2"], seconds)
 
 
 def done_jobs(work: Path, sizes: Sizes) -> list[Job]:
@@ -150,14 +154,14 @@ def _name_and_seed(folder: str) -> tuple[str, int]:
 def report(work: Path, sizes: Sizes) -> dict[str, Any]:
     """Write the table, the picture and the JSON of all that is done; returns the last."""
     jobs = done_jobs(work, sizes)
-    speed = speed_of(work, jobs)
+    speed = speed_of(work, jobs) if jobs else {"milliseconds": {}, "machine": None}
     lines = lines_of([job.result for job in jobs if job.result], speed["milliseconds"])
     said = {
         "simulated": SIMULATED,
         "requirements": requirements(lines),
         "rows": [line_json(line) for line in lines],
         "contestants": as_json(ROWS),
-        "sizes": job_json(jobs, "sizes")["sizes"],
+        "sizes": asdict(sizes),
         "machine": speed["machine"],
         "table": str(work / "accuracy.md"),
         "picture": str(work / "accuracy.png"),

@@ -195,7 +195,7 @@ def test_unknown_rows_are_refused_and_none_means_all(capsys):
     assert main(["bench", "model", "--seeds", "2"]) == 2
 
 
-def test_what_is_done_is_not_done_again_and_a_failure_leaves_it(tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again_and_what_fails_stops_no_other(tmp_path, monkeypatch):
     asked, shown = [], []
 
     def run(_, said, folder, title):
@@ -208,16 +208,26 @@ def test_what_is_done_is_not_done_again_and_a_failure_leaves_it(tmp_path, monkey
 
     monkeypatch.setattr(accuracy.Crew, "run", run)
     monkeypatch.setattr(accuracy, "archive", lambda *_: None)
-    monkeypatch.setattr(accuracy, "report", lambda work, sizes: shown.append(accuracy.done_jobs(work, sizes)))
-    with pytest.raises(UnfinishedError, match="no memory"):
+    monkeypatch.setattr(accuracy, "report", lambda *of: shown.append(accuracy.done_jobs(*of)) or {"table": "a table"})
+    with pytest.raises(UnfinishedError, match=r"1 of 3 could not be done: no memory\. What could is in a table"):
         accuracy.bench_accuracy(("seed", "plain", "fcos"), str(tmp_path), seeds=1, sizes=TINY)
-    assert asked == ["plain CenterNet, seed 420", "FCOS, seed 420"]
+    assert len(asked) == 3
     accuracy.bench_accuracy(("seed", "plain"), str(tmp_path), seeds=2, sizes=TINY)
-    assert sorted(asked) == [
-        "FCOS, seed 420",
-        *(f"{ROWS[n].title}, seed {s}" for n in ("plain", "seed") for s in (420, 421)),
-    ]
-    assert {(job.name, job.seed) for job in shown[0]} == {(n, s) for n in ("plain", "seed") for s in (420, 421)}
+    assert len(asked) == len(set(asked)) == 5
+    assert {(job.name, job.seed) for job in shown[-1]} == {(n, s) for n in ("plain", "seed") for s in (420, 421)}
+
+
+def test_a_row_does_not_begin_without_what_it_needs(tmp_path, monkeypatch):
+    asked = []
+
+    def run(_, said, folder, title):  # noqa: ARG001
+        asked.append(title)
+        raise UnfinishedError(f"{title}: no memory")
+
+    monkeypatch.setattr(accuracy.Crew, "run", run)
+    failed = accuracy.run_all([Job(tmp_path, name, 420, TINY) for name in chosen(("soup",))], processes=2)
+    assert asked == ["+ snapshots, seed 420"]
+    assert failed == ["+ snapshots, seed 420: no memory", "+ soup, seed 420: needs what failed"]
 
 
 def test_the_test_has_spacings_that_training_has_not_and_no_tomogram_is_in_two_parts(tmp_path):
