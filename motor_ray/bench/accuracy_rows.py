@@ -85,6 +85,12 @@ ROWS: dict[str, Row] = {
     ),
     "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
+    "all": Row(
+        title="2.5-D, multi-scale, CBAM",
+        role="single",
+        what="the three together",
+        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0, "levels": 2, "attention": "cbam"}},
+    ),
     "pretrained": Row(
         title="+ self-supervised start",
         role="more data",
@@ -127,6 +133,14 @@ ROWS: dict[str, Row] = {
         training="none",
         of=("seed", "levels", "cbam"),
         what="the seed's model, multi-scale and CBAM answer together",
+    ),
+    "ensemble-all": Row(
+        title="2.5-D ensemble, TTA",
+        role="ensemble",
+        training="none",
+        of=("slices", "all"),
+        what="2.5-D, and all three parts, answer together, each looking eight times",
+        changes={"detect": {"tta": "full"}},
     ),
 }
 """In the order of the table."""

@@ -206,9 +206,13 @@ def test_what_is_done_is_not_done_again_and_what_fails_stops_no_other(tmp_path, 
         text = json.dumps(result_of(job.name, job.seed, 0.5) | {"key": key_of(job.name, job.seed, TINY)})
         (folder / "result.json").write_text(text)
 
+    def report(work, sizes):
+        shown.append(accuracy.done_jobs(work, sizes))
+        return {"table": "a table"}
+
     monkeypatch.setattr(accuracy.Crew, "run", run)
     monkeypatch.setattr(accuracy, "archive", lambda *_: None)
-    monkeypatch.setattr(accuracy, "report", lambda *of: shown.append(accuracy.done_jobs(*of)) or {"table": "a table"})
+    monkeypatch.setattr(accuracy, "report", report)
     with pytest.raises(UnfinishedError, match=r"1 of 3 could not be done: no memory\. What could is in a table"):
         accuracy.bench_accuracy(("seed", "plain", "fcos"), str(tmp_path), seeds=1, sizes=TINY)
     assert len(asked) == 3
