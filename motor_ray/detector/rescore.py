@@ -44,10 +44,10 @@ class Rescorer(nn.Module):
         self.along_z = nn.Sequential(
             nn.Conv1d(channels, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1), nn.ReLU()
         )
-        last = nn.Linear(HIDDEN, 1)
-        self.together = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(2 * HIDDEN + geometry, HIDDEN), nn.ReLU(), last)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.together = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(2 * HIDDEN + geometry, HIDDEN), nn.ReLU())
+        self.last = nn.Linear(HIDDEN, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, along_z: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
         """Logits `(n,)` of candidates with neighbourhoods `(n, channels, steps)` and `(n, geometry)`."""
@@ -55,7 +55,7 @@ class Rescorer(nn.Module):
         # Up and down mean the same: nobody knows which side of the tomogram is the upper one.
         seen = [self.along_z(one) for one in (shown, shown.flip(2))]
         parts = torch.cat([sum(one.mean(dim=2) for one in seen) / 2, torch.maximum(*seen).amax(dim=2)], dim=1)
-        change = self.together(torch.cat([parts, self._standardised("geometry", geometry)], dim=1))[:, 0]
+        change = self.last(self.together(torch.cat([parts, self._standardised("geometry", geometry)], dim=1)))[:, 0]
         logits: torch.Tensor = geometry[:, 0].clamp(SURE, 1 - SURE).logit() + change
         return logits
 
@@ -77,9 +77,10 @@ class Rescorer(nn.Module):
 
 
 def train_rescorer(along_z: Floats, geometry: Floats, is_motor: NDArray[np.bool_], *, seed: int) -> Rescorer:
-    """A head that tells the candidates that are motors ``(n,)`` from the others; both kinds weigh the same.
+    """A head that tells the candidates that are motors ``(n,)`` from the others.
 
-    The caller's random numbers stay as they are.
+    Both kinds weigh the same while it learns; then its scores are brought back to how rare motors are among candidates,
+    so that a threshold for probabilities means what it did before. The caller's random numbers stay as they are.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,6 +96,8 @@ def train_rescorer(along_z: Floats, geometry: Floats, is_motor: NDArray[np.bool_
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+    with torch.no_grad():
+        model.last.bias.add_(target.mean().logit())
     return model.eval()
 
 

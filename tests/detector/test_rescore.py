@@ -37,6 +37,15 @@ def test_a_trained_head_tells_motors_it_has_not_seen_by_what_surrounds_them() ->
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
+def test_scores_stay_as_rare_as_motors_are_among_candidates() -> None:
+    along_z, geometry, is_motor = problem(400, 0)
+    rare = ~is_motor | (np.cumsum(is_motor) % 6 == 0)
+    head = train_rescorer(along_z[rare], geometry[rare], is_motor[rare], seed=1)
+    scores = head.score(along_z[rare], geometry[rare])
+    assert scores.mean() == pytest.approx(is_motor[rare].mean(), abs=0.06)
+    assert is_motor[rare].mean() < 0.1
+
+
 def test_a_head_that_has_nothing_to_learn_from_moves_scores_but_little() -> None:
     head = train_rescorer(*problem(300, 0, told=False), seed=1)
     along_z, geometry, _ = problem(100, 1, told=False)

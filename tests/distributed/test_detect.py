@@ -106,9 +106,7 @@ def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(d
     slabs = {path.name: path.stat().st_mtime_ns for path in (out / "slabs").iterdir()}
     plain = storage.read_table(str(out / "motors.parquet"))
     head = Rescorer(PRESENT + 2 * FEATURES, len(GEOMETRY))
-    last = head.together[-1]
-    assert isinstance(last, torch.nn.Linear)
-    torch.nn.init.constant_(last.bias, 1.0)
+    torch.nn.init.constant_(head.last.bias, 1.0)
     save_rescorer(str(model), head, before["model_sha256"], {})
     after = detect(manifest, NONE, str(model), str(out), settings)  # which keeps features without being told to
     assert {path.name: path.stat().st_mtime_ns for path in (out / "slabs").iterdir()} == slabs
