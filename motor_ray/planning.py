@@ -17,7 +17,7 @@ from motor_ray.distributed.detect import settings_of_model
 from motor_ray.distributed.estimate import Measured, measure
 from motor_ray.distributed.loading import READ_THREADS
 from motor_ray.distributed.pipeline import LOADER_CPUS, SLABS_PER_FILE
-from motor_ray.distributed.preflight import LOADER_BYTES, SCORER_BYTES, SLAB_BYTES, TASKS, Room, plan_pools
+from motor_ray.distributed.preflight import LOADER_BYTES, SLAB_BYTES, TASKS, Room, plan_pools, scorer_bytes
 from motor_ray.errors import ConfigError
 
 PIPELINE_COSTS = 4 / 3
@@ -106,24 +106,30 @@ def plan_archive(manifest: pa.Table, model: Models, asked: Asked, settings: RunS
     Raises as `plan_alike`, and as `estimate` does.
     """
     refuse_impossible(asked._asdict())
-    measured = None
+    measured, networks = None, 1
     if model:
         models = describe_models(model)
+        networks = len(models.uris)
         settings = settings_of_model(models.settings, settings)
         measured = measure(manifest, models.uris, settings)
     again = first_given(asked.second_look, measured and measured.again, SECOND_LOOK)
     work = workload_of(manifest, settings, again)
-    result = _plan(work, asked, settings, jpeg_bytes(shapes_of(manifest)), measured)
+    result = _plan(work, asked, settings, jpeg_bytes(shapes_of(manifest)), measured, networks)
     return result | {"sampled_slabs": len(measured.sample.takes) if measured else 0}
 
 
 def _plan(
-    work: Workload, asked: Asked, settings: RunSettings, slice_bytes: float, measured: Measured | None
+    work: Workload,
+    asked: Asked,
+    settings: RunSettings,
+    slice_bytes: float,
+    measured: Measured | None,
+    networks: int = 1,
 ) -> dict[str, Any]:
-    cluster = cluster_of(room_of(asked, measured), asked, settings)
+    cluster = cluster_of(room_of(asked, measured), asked, settings, networks)
     rates = rates_of(asked, settings, slice_bytes, measured, gpus=cluster.gpus)
     prices = Prices(asked.gpu_price, asked.cpu_price, asked.price_per_1000_gets)
-    result = forecast(work, rates, cluster, prices) | {"memory_gigabytes": memory_of(cluster)}
+    result = forecast(work, rates, cluster, prices) | {"memory_gigabytes": memory_of(cluster, networks)}
     for line in told(result):
         log.info("%s", line)
     return result
@@ -139,9 +145,12 @@ def room_of(asked: Asked, measured: Measured | None) -> Room:
     return Room(int(cpus), int(gpus), int(memory * (1 - OBJECT_STORE)), int(memory * OBJECT_STORE))
 
 
-def cluster_of(room: Room, asked: Asked, settings: RunSettings) -> Cluster:
-    """The actors that `motor-ray detect` would plan in that room. Raises RunError if it has none for them."""
-    pools = plan_pools(room, settings.detect)
+def cluster_of(room: Room, asked: Asked, settings: RunSettings, networks: int = 1) -> Cluster:
+    """The actors that `motor-ray detect` would plan in that room, with so many networks for each scorer.
+
+    Raises RunError if it has no room for them.
+    """
+    pools = plan_pools(room, settings.detect, networks)
     # Ray has a CPU for a task that writes wherever no actor asks for it; more than one for each scorer are not needed.
     left = int(room.cpus - pools.scorers - LOADER_CPUS * pools.loaders)
     return Cluster(
@@ -202,11 +211,11 @@ def score_seconds(asked: Asked, measured: Measured | None, gpus: int) -> float:
     return measured.sample.a_slice("score_seconds" if gpus else "score_core_seconds")
 
 
-def memory_of(cluster: Cluster) -> dict[str, float]:
+def memory_of(cluster: Cluster, networks: int) -> dict[str, float]:
     """Gigabytes: of the actors, as preflight counts them, and of slabs on their way in the object store, at most."""
     parts = {
         "loaders": cluster.loaders * LOADER_BYTES / 1e9,
-        "scorers": cluster.scorers * SCORER_BYTES / 1e9,
+        "scorers": cluster.scorers * scorer_bytes(networks) / 1e9,
         "object_store": cluster.slabs_ahead * SLAB_BYTES / 1e9,
     }
     return {name: round(part, 1) for name, part in (parts | {"total": sum(parts.values())}).items()}

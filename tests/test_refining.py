@@ -227,7 +227,10 @@ def rescore(run: str, model: str, labels: Labels = LABELS, *, force: bool = Fals
     return rescore_run(run, labels, EvaluateSettings(), model=model, force=force)
 
 
-def test_a_head_learns_from_a_run_and_gives_its_motors_better_scores(tmp_path: Path, model: str) -> None:
+def test_a_head_learns_from_a_run_and_gives_its_motors_better_scores(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motor_ray.detector.inference.FEATURES", 2)
     sha256 = describe_checkpoint(model).sha256
     run = make_seen_run(tmp_path / "run", sha256)
     told = rescore(run, model)

@@ -81,9 +81,15 @@ class Looker:
         """The same, and what the first network sees in the cells of the first view, which is the frame as it is."""
         frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
         views = [(view, view.forward(frames, *switched)) for view in VIEWS[tta]]
-        seen = [(view, *network.seen(shown)) for network in self.networks for view, shown in views]
-        said = [view.inverse(prediction) for view, prediction, _ in seen]
-        return average(said, self.settings.ensemble), seen[0][2]
+        said: list[Prediction] = []
+        cells: torch.Tensor | None = None
+        for network in self.networks:
+            for view, shown in views:
+                prediction, seen = network.seen(shown)
+                said.append(view.inverse(prediction))
+                cells = seen if cells is None else cells  # large, so the others are let go of at once
+        assert cells is not None
+        return average(said, self.settings.ensemble), cells
 
     def _prepared(self, model: str, *, features: bool = False) -> Predictor:
         detector = load_checkpoint(model)

@@ -108,10 +108,10 @@ def save_rescorer(checkpoint: str, model: Rescorer, model_sha256: str, metrics: 
     storage.write_bytes(storage.join(checkpoint, RESCORER), data)
 
 
-def load_rescorer(checkpoint: str, model_sha256: str) -> Rescorer:
-    """The head in the directory of the `checkpoint` with that hash.
+def load_rescorer(checkpoint: str, model_sha256: str, numbers: tuple[int, int]) -> Rescorer:
+    """The head in the directory of the `checkpoint` with that hash, for so many channels and numbers of geometry.
 
-    Raises CheckpointError if it is damaged, or learned from another model's runs.
+    Raises CheckpointError if it is damaged, learned from another model's runs, or takes other numbers.
     """
     source = storage.join(checkpoint, RESCORER)
     data = storage.read_bytes(source)
@@ -122,8 +122,7 @@ def load_rescorer(checkpoint: str, model_sha256: str) -> Rescorer:
             f"{source}: was learned with the model {str(of)[:12]}, and the checkpoint is {model_sha256[:12]}; "
             "run motor-ray rescore again, or remove the file"
         )
-    sizes = [len(tensors.get(f"{name}_mean", ())) for name in ("channel", "geometry")]
-    model = Rescorer(*sizes)
+    model = Rescorer(*numbers)
     load_tensors(model, tensors, source)
     return model.eval()
 

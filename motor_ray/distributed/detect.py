@@ -55,17 +55,20 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     `settings` gives how to read, detect and link; frames, grey levels and network come from the checkpoint `model`, or
     from several that answer together. Under `out` (a path or URI) appear tomograms.parquet, plan.parquet, slabs/,
     motors.parquet, failures.parquet and run.json. A run that broke off is gone on with; a finished one with the same
-    settings, model and manifest is returned as it is, or linked again if its model has learned to re-score since; an
-    `out` with another is refused (RunError). `unusable` are FAILURES that came to light before, of tomograms that are
-    not in `manifest`; if there are no others, ManifestError says why. Raises CheckpointError if models cannot answer
-    together, RunError if the cluster can never run it or its nodes do not see the same files, UnfinishedError if it
-    broke or its counts do not add up.
+    settings, model and manifest is returned as it is, or linked again if its model has learned to re-score since and it
+    kept the features for that; an `out` with another is refused (RunError). `unusable` are FAILURES that came to light
+    before, of tomograms that are not in `manifest`; if there are no others, ManifestError says why. Raises
+    CheckpointError if models cannot answer together, RunError if the cluster can never run it or its nodes do not see
+    the same files, UnfinishedError if it broke or its counts do not add up.
     """
     check_usable(manifest, unusable)
     out, manifest = absolute(out), manifest.sort_by("tomo_id")
     models = describe_models(model)
+    settings = settings_of_model(models.settings, settings)
     learned = learned_of(models)
-    settings = learned.settings_for(settings_of_model(models.settings, settings))
+    if begun_without_features(out) and not settings.detect.features:
+        learned = learned.without_rescoring(models, out)
+    settings = learned.settings_for(settings)
     run = describe_run(manifest, models, settings) | learned.told()
     there = run_at(out, run)
     if there.get("status") == "done" and there.get("rescorer_sha256") == learned.rescorer_sha256:
@@ -82,6 +85,13 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
         result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
         write_json(join(out, "run.json"), result)
     return result
+
+
+def begun_without_features(out: str) -> bool:
+    """Whether there is a run under `out` whose slabs lack what re-scoring takes."""
+    where = join(out, "run.json")
+    there = read_json(where) if exists(where) else {}
+    return isinstance(there, dict) and there.get("settings", {}).get("detect", {}).get("features") is False
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from motor_ray.config import RunSettings
 from motor_ray.detector.description import CALIBRATION, Ensemble, rescorer_hash
 from motor_ray.motors.calibration import Calibration, calibration_at
 from motor_ray.motors.link import Rescore
-from motor_ray.motors.neighbourhood import neighbourhoods
+from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT, neighbourhoods
 from motor_ray.storage import join
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,18 @@ class Learned(NamedTuple):
     def told(self) -> dict[str, Any]:
         """What run.json says of it."""
         return {"calibration": self.calibration, "rescorer_sha256": self.rescorer_sha256}
+
+    def without_rescoring(self, models: Ensemble, out: str) -> "Learned":
+        """The same for the run under `out`, which was begun before the checkpoint had learned to re-score."""
+        if self.rescore is None:
+            return self
+        log.warning(
+            "%s: was begun without the features by which %s judges its candidates now, and goes on without; give "
+            "another --out to have them re-scored",
+            out,
+            models.uris[0],
+        )
+        return Learned(_dumped(calibration_of(models)), None, None)
 
     def settings_for(self, settings: RunSettings) -> RunSettings:
         """`settings` that keep the features by which candidates are judged."""
@@ -43,7 +55,7 @@ def learned_of(models: Ensemble) -> Learned:
     rescorer = rescorer_hash(uri)
     calibration = calibration_at(join(uri, CALIBRATION), models.sha256, rescorer)
     return Learned(
-        calibration.model_dump(mode="json") if calibration else None,
+        _dumped(calibration),
         rescorer,
         rescoring(uri, models.sha256) if rescorer else None,
     )
@@ -56,10 +68,15 @@ def calibration_of(models: Ensemble) -> Calibration | None:
     return calibration_at(join(models.uris[0], CALIBRATION), models.sha256)
 
 
+def _dumped(calibration: Calibration | None) -> dict[str, Any] | None:
+    return calibration.model_dump(mode="json") if calibration else None
+
+
 def rescoring(model: str, model_sha256: str) -> Rescore:
     """What the head in the checkpoint `model` makes of the candidates of a tomogram. Raises CheckpointError."""
     # Not at the top: who starts a run without re-scoring would wait 3 s for torch.
+    from motor_ray.detector.inference import FEATURES
     from motor_ray.detector.rescore import load_rescorer
 
-    head = load_rescorer(model, model_sha256)
+    head = load_rescorer(model, model_sha256, (PRESENT + 2 * FEATURES, len(GEOMETRY)))
     return lambda linked: head.score(*neighbourhoods(linked)).tolist()

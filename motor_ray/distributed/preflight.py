@@ -89,27 +89,32 @@ def room() -> Room:
     return Room(cpus, gpus, memory, object_store, possible_nodes())
 
 
+def scorer_bytes(networks: int) -> int:
+    """Memory set aside for a scorer of so many networks."""
+    return SCORER_BYTES + (networks - 1) * NETWORK_BYTES
+
+
 def plan_pools(room: Room, settings: DetectSettings, networks: int = 1) -> Pools:
     """As many actors as were asked for, or as are apt, as far as there is room for them.
 
     Each scorer holds so many `networks`. Raises RunError, saying what is missing, if there is not even room for one of
     each and the tasks that feed them.
     """
-    scorer_bytes = SCORER_BYTES + (networks - 1) * NETWORK_BYTES
-    _require(room, scorer_bytes)
+    each = scorer_bytes(networks)
+    _require(room, each)
     free_cpus = room.cpus - TASKS
     scorers = settings.scorers or max(room.gpus, 1)
-    fitting = min(free_cpus - 1, room.gpus or scorers, _most_scorers(room, scorer_bytes))
+    fitting = min(free_cpus - 1, room.gpus or scorers, _most_scorers(room, each))
     if scorers > fitting:
         log.info("room for %d of %d scorers", fitting, scorers)
         scorers = fitting
     loaders = settings.loaders or (LOADERS_PER_GPU * scorers if room.gpus else scorers)
-    fitting = min(free_cpus - scorers, (room.memory - scorers * scorer_bytes) // LOADER_BYTES)
+    fitting = min(free_cpus - scorers, (room.memory - scorers * each) // LOADER_BYTES)
     if settings.loaders and loaders > fitting:
         log.info("room for %d of %d loaders", fitting, loaders)
     loaders = min(loaders, fitting)
     ahead = min(SLAB_BYTES * SLABS_AHEAD * (scorers + loaders), room.object_store // 2)
-    return Pools(scorers, loaders, min(room.gpus, 1), ahead, scorer_bytes)
+    return Pools(scorers, loaders, min(room.gpus, 1), ahead, each)
 
 
 def local_slots(settings: DetectSettings) -> int:
@@ -117,9 +122,9 @@ def local_slots(settings: DetectSettings) -> int:
     return (settings.scorers or 1) + (settings.loaders or 1) + TASKS + 1
 
 
-def _require(room: Room, scorer_bytes: int) -> None:
+def _require(room: Room, each: int) -> None:
     """Raises RunError unless there is room for a scorer, a loader and tasks."""
-    memory = LOADER_BYTES + scorer_bytes
+    memory = LOADER_BYTES + each
     needed = [
         (room.cpus, TASKS + 2, "CPUs", 1, "add nodes, or start Ray with more (ray start --num-cpus)"),
         (room.memory, memory, "GB of memory", 1e9, "add nodes, or state what there is (ray start --memory)"),
@@ -131,8 +136,8 @@ def _require(room: Room, scorer_bytes: int) -> None:
                 f"the cluster has {there / unit:.3g} {what}; one scorer, one loader and the tasks that feed them take "
                 f"{least / unit:.3g}; {remedy}"
             )
-    if not _most_scorers(room, scorer_bytes):
-        scorer = _said(_scorer(room, scorer_bytes))
+    if not _most_scorers(room, each):
+        scorer = _said(_scorer(room, each))
         raise RunError(
             f"the cluster has enough in all, but not on the same node: one needs {scorer} for a scorer, and it or "
             f"another {_said(LOADER)} for a loader; add larger nodes, or state what there is (ray start --memory)"
@@ -145,14 +150,14 @@ def _said(taken: Mapping[str, float]) -> str:
     return ", ".join(f"{taken[name] / unit:g} {what}" for name, (unit, what) in units.items() if taken.get(name))
 
 
-def _scorer(room: Room, scorer_bytes: int) -> dict[str, float]:
+def _scorer(room: Room, each: int) -> dict[str, float]:
     """What a scorer takes of one node; beside a GPU it is content with what is left of the CPUs."""
-    return {"CPU": 0 if room.gpus else 1, "GPU": min(room.gpus, 1), "memory": scorer_bytes}
+    return {"CPU": 0 if room.gpus else 1, "GPU": min(room.gpus, 1), "memory": each}
 
 
-def _most_scorers(room: Room, scorer_bytes: int) -> int:
+def _most_scorers(room: Room, each: int) -> int:
     """How many scorers the nodes hold if one of these holds a loader, too."""
-    nodes, scorer = room.nodes or [room.resources], _scorer(room, scorer_bytes)
+    nodes, scorer = room.nodes or [room.resources], _scorer(room, each)
     most = holds(nodes, scorer)
     taken = [holds([node], scorer) - holds([_less(node, LOADER)], scorer) for node in nodes if holds([node], LOADER)]
     return max(most - min(taken), 0) if taken else 0

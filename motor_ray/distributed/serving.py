@@ -407,12 +407,14 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
     answer together.
     """
     models = settings.serve.models
+    # Which are for re-scoring, and nobody does that here.
+    detect = settings.detect.model_copy(update={"features": False})
     if DEFAULT_MODEL not in models:
         raise ConfigError(f"serve.models: there is none called {DEFAULT_MODEL!r}; give --model CHECKPOINT")
     cards = {}
     for name, uris in models.items():
         there = describe_models(checkpoints_of(uris))
-        asked = RunSettings(archive=settings.archive, detect=settings.detect, link=settings.link)
+        asked = RunSettings(archive=settings.archive, detect=detect, link=settings.link)
         learned = calibration_of(there)
         trained = settings_of_model(there.settings, asked)
         if learned:

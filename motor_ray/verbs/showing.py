@@ -100,9 +100,12 @@ class Bench:
         if self.what == "accuracy":
             from motor_ray.bench.accuracy import bench_accuracy
 
-            given = {"seeds": self.seeds, "processes": self.processes}
-            numbers = {name: number for name, number in given.items() if number is not None}
-            return bench_accuracy(self.parts, self.work or "motor-ray-accuracy", **numbers)
+            return bench_accuracy(
+                self.parts,
+                self.work or "motor-ray-accuracy",
+                seeds=3 if self.seeds is None else self.seeds,
+                processes=1 if self.processes is None else self.processes,
+            )
         if self.what == "looks":
             from motor_ray.bench.looks import bench_looks
 

@@ -73,11 +73,11 @@ def test_a_head_is_read_again_bit_for_bit_and_only_for_its_model(tmp_path: Path)
     assert rescorer_hash(str(tmp_path)) is None
     save_rescorer(str(tmp_path), head, SHA, {"f2": 0.5})
     along_z, geometry, _ = problem(10, 1)
-    again = load_rescorer(str(tmp_path), SHA)
+    again = load_rescorer(str(tmp_path), SHA, (along_z.shape[1], geometry.shape[1]))
     np.testing.assert_array_equal(again.score(along_z, geometry), head.score(along_z, geometry))
     assert len(rescorer_hash(str(tmp_path)) or "") == 64
     with pytest.raises(CheckpointError, match=r"learned with the model aaaaaaaaaaaa, and .* is bbb.*rescore again"):
-        load_rescorer(str(tmp_path), "b" * 64)
+        load_rescorer(str(tmp_path), "b" * 64, (6, 4))
 
 
 def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
@@ -85,8 +85,11 @@ def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
     whole = (tmp_path / RESCORER).read_bytes()
     (tmp_path / RESCORER).write_bytes(whole[:-4])
     with pytest.raises(CheckpointError, match=r"rescorer\.safetensors: is damaged"):
-        load_rescorer(str(tmp_path), SHA)
+        load_rescorer(str(tmp_path), SHA, (6, 4))
+    (tmp_path / RESCORER).write_bytes(whole)
+    with pytest.raises(CheckpointError, match="do not fit the network"):
+        load_rescorer(str(tmp_path), SHA, (7, 4))
     mean = {"channel_mean": Rescorer(6, 4).state_dict()["channel_mean"]}
     (tmp_path / RESCORER).write_bytes(safetensors.torch.save(mean, {"model_sha256": SHA}))
     with pytest.raises(CheckpointError, match="do not fit the network"):
-        load_rescorer(str(tmp_path), SHA)
+        load_rescorer(str(tmp_path), SHA, (6, 4))
