@@ -208,6 +208,7 @@ def test_a_spacing_that_is_unknown_is_the_one_that_detection_assumes(settings):
     assert pseudo_steps.spacings_of(manifest, settings) == {"a": settings.link.assumed_spacing_angstrom}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_rounds_on_a_real_ray_go_on_where_they_stopped(manifest, archive, others, settings, tmp_path):
