@@ -128,7 +128,7 @@ def test_what_nothing_could_be_learned_with_is_refused_before_the_name_is_taken(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_backbone_is_taught_without_labels_and_a_detector_trained_from_it(
     manifest, archive, settings, tmp_path, workers
 ):
@@ -152,6 +152,7 @@ def test_a_backbone_is_taught_without_labels_and_a_detector_trained_from_it(
     assert all(torch.equal(tensor, taught[name]) for name, tensor in start.backbone.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_slices_that_cannot_be_read_are_listed(damaged, settings, tmp_path):

@@ -31,7 +31,7 @@ def quality(*values):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize(("workers", "slices_per_motor"), [(1, 3), (3, 1)])
+@pytest.mark.parametrize(("workers", "slices_per_motor"), [(1, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
     manifest, archive, settings, tmp_path, workers, slices_per_motor
 ):
@@ -72,6 +72,7 @@ def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(manifest, archive
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_slices_that_cannot_be_read_do_not_stop_training_and_are_listed(archive, settings, tmp_path):
