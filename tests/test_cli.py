@@ -257,7 +257,7 @@ def test_the_verbs_make_one_story_in_a_shell(tmp_path):
     assert isinstance(detected["counts"], dict)
     assert detected["counts"]["ok"] == 24 * 20
     scores = motor_ray("evaluate", "--detections", "found", *labels)
-    assert set(scores) == {"slices", "tomograms", "motors"}
+    assert set(scores) == {"slices", "tomograms", "motors", "threshold_from"}
     assert isinstance(scores["tomograms"], dict)
     assert scores["tomograms"]["n_tomograms"] == 24
     for to in ("kaggle", "star", "copick", "ndjson", "csv"):
