@@ -64,7 +64,7 @@ class Looker:
         for start in range(0, len(images), self.settings.batch_frames):
             # Copied, because torch cannot look at the object store's read-only memory.
             frames = torch.tensor(images[start : start + self.settings.batch_frames])
-            prediction, cells = self._seen(frames, self.settings.tta if tta is None else tta)
+            prediction, cells = self.see(frames, self.settings.tta if tta is None else tta)
             sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
             found = decode(prediction, most, threshold)
             features = describe(cells, found) if self.settings.features else [None] * len(found)
@@ -73,12 +73,11 @@ class Looker:
                 looks.append(Look(boxes.double().cpu().numpy(), scores.double().cpu().numpy(), *more))
         return looks
 
-    def predict(self, images: torch.Tensor, tta: Augmentation) -> Prediction:
-        """What all networks say of all views of uint8 `images` `(b, channels, H, W)`, averaged."""
-        return self._seen(images, tta)[0]
+    def see(self, images: torch.Tensor, tta: Augmentation) -> tuple[Prediction, torch.Tensor]:
+        """What all networks say of all views of uint8 `images` `(b, channels, H, W)`, averaged.
 
-    def _seen(self, images: torch.Tensor, tta: Augmentation) -> tuple[Prediction, torch.Tensor]:
-        """The same, and what the first network sees in the cells of the first view, which is the frame as it is."""
+        And what the first network sees in the cells of the first view, which is the frame as it is.
+        """
         frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
         views = [(view, view.forward(frames, *switched)) for view in VIEWS[tta]]
         said: list[Prediction] = []

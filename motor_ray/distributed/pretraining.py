@@ -8,14 +8,12 @@ on with.
 """
 
 import logging
-import os
 import time
 import uuid
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from motor_ray.archive.labels import Part, split_tomograms
@@ -30,15 +28,11 @@ from motor_ray.detector.reconstruction import (
     load_reconstructor,
     save_reconstructor,
 )
-from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.frame_store import count_frames
-from motor_ray.distributed.ledger import alone
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.pretrain_loop import Picture, pretrain_worker, puzzle_of, rank_of, with_neighbours_seen
-from motor_ray.distributed.sharing import first_tomogram, require_shared
-from motor_ray.distributed.team import require_team, slots_for, team_of_this_machine
-from motor_ray.distributed.training import check_name, fit, read_metrics, run_at
+from motor_ray.distributed.training import check_name, fit, read_metrics, run_at, team_for
 from motor_ray.errors import ConfigError, ManifestError
 from motor_ray.motors.reconstructions import Restored, reconstruction_figure
 from motor_ray.storage import absolute, join, read_table, write_json, write_table
@@ -95,16 +89,11 @@ def pretrain(
     run["frames"] = there.get("frames", run["frames"])
     started = time.monotonic()
     start = None if resume else new_reconstructor(settings)
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        workers = team_of_this_machine(workers, settings)
-    with connected(slots_for(workers[0], settings)):
-        require_team(workers, settings)
-        with alone(run_uri):
-            require_shared([first_tomogram(manifest)], run_uri)
-            if start is not None:
-                begin(run_uri, run, plans, start)
-            fit(run, settings, storage, name, workers, work=pretrain_worker, title="pre-training")
-            draw_reconstructions(run_uri, plans["validation"], settings)
+    with team_for(run_uri, manifest, settings, workers) as team:
+        if start is not None:
+            begin(run_uri, run, plans, start)
+        fit(run, settings, storage, name, team, work=pretrain_worker, title="pre-training")
+        draw_reconstructions(run_uri, plans["validation"], settings)
         clear_frames(run["frames"], settings)
     lines = read_metrics(run_uri)
     result = run | {

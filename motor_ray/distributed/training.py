@@ -7,13 +7,14 @@ validation), curve.png, validation.png, validation/ (whole tomograms), run.json,
 and what Ray Train keeps to go on with.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -121,19 +122,14 @@ def train(
     started = time.monotonic()
     # Made here, so that weights that cannot be had stop a run before it starts, and workers need no network.
     start = None if resume else new_model(settings)
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        workers = team_of_this_machine(workers, settings)
-    with connected(slots_for(workers[0], settings)):
-        require_team(workers, settings)
-        with alone(run_uri):
-            require_shared([first_tomogram(manifest)], run_uri)
-            if start is not None:
-                begin(run_uri, run, manifest, labels, plans, start, settings)
-            try:
-                fit(run, settings, storage, name, workers, callbacks)
-            finally:
-                draw_curve(run_uri)
-            validation = final_look(run_uri, settings)
+    with team_for(run_uri, manifest, settings, workers) as team:
+        if start is not None:
+            begin(run_uri, run, manifest, labels, plans, start, settings)
+        try:
+            fit(run, settings, storage, name, team, callbacks)
+        finally:
+            draw_curve(run_uri)
+        validation = final_look(run_uri, settings)
         if frames is None:
             clear_frames(run["frames"], settings)
     result = run | {
@@ -144,6 +140,23 @@ def train(
     }
     write_json(join(run_uri, "run.json"), result)
     return result
+
+
+@contextlib.contextmanager
+def team_for(
+    run_uri: str, manifest: pa.Table, settings: RunSettings, workers: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
+    """A cluster that can hold the fewest of `workers`, and a run that nobody else is at; yields how many are apt.
+
+    Raises RunError if it can never hold them, if its nodes do not see the same files, or if somebody is.
+    """
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        workers = team_of_this_machine(workers, settings)
+    with connected(slots_for(workers[0], settings)):
+        require_team(workers, settings)
+        with alone(run_uri):
+            require_shared([first_tomogram(manifest)], run_uri)
+            yield workers
 
 
 def begin(

@@ -64,8 +64,8 @@ def test_one_checkpoint_in_a_list_is_that_checkpoint_to_the_last_bit(saved: Call
 def test_different_backbones_answer_together_and_each_has_its_say(saved: Callable[..., str]) -> None:
     paths = [saved(1), saved(2, "efficientnet_b3")]
     frames = torch.tensor(pictures())
-    together = looker(paths, ensemble="logit").predict(frames, "off")
-    alone = [looker(path).predict(frames, "off") for path in paths]
+    together = looker(paths, ensemble="logit").see(frames, "off")[0]
+    alone = [looker(path).see(frames, "off")[0] for path in paths]
     torch.testing.assert_close(together.heatmap, (alone[0].heatmap + alone[1].heatmap) / 2)
     assert not torch.allclose(alone[0].heatmap, alone[1].heatmap, atol=0.01)
 
@@ -85,8 +85,8 @@ def test_a_mirrored_frame_gives_mirrored_motors_with_fast_augmentation(saved: Ca
 def test_full_augmentation_looks_at_frames_with_clahe_switched(saved: Callable[..., str], in_slices: int) -> None:
     look = looker(saved(in_slices=in_slices), tta="full")
     both = pictures(2 * in_slices)
-    seen = look.predict(torch.tensor(both), "full")
-    same = look.predict(torch.tensor(np.concatenate([both[:, :in_slices]] * 2, axis=1)), "full")
+    seen = look.see(torch.tensor(both), "full")[0]
+    same = look.see(torch.tensor(np.concatenate([both[:, :in_slices]] * 2, axis=1)), "full")[0]
     assert seen.heatmap.shape == (3, 1, SIZE // 4, SIZE // 4)
     assert not torch.allclose(seen.heatmap, same.heatmap)
 
