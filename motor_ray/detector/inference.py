@@ -7,8 +7,8 @@ these last ones run in bfloat16 over channels-last memory.
 
 import copy
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from motor_ray.config import HEATMAP_STRIDE
 from motor_ray.detector.device import autocast_dtype, can_compile, frames_per_pass
 from motor_ray.detector.heads import OUTPUTS
-from motor_ray.detector.levels import Maps, merge_levels
+from motor_ray.detector.levels import merge_levels
 from motor_ray.detector.model import Detector, Prediction, standardise
 from motor_ray.errors import RunError
 
@@ -27,6 +27,16 @@ Predict = Callable[[torch.Tensor], Prediction]
 
 FEATURES = 24
 """Numbers that stand for what the network sees in a cell, where they are asked for."""
+
+
+class Seen(NamedTuple):
+    """What a network says of frames, before its levels are merged."""
+
+    levels: list[Prediction]
+    """Finest first, each on cells of its own; the presence is the same in all."""
+
+    features: torch.Tensor
+    """Of the finest cells, float32 ``(b, FEATURES, h, w)``, or ``(b, 0, h, w)`` if not prepared for."""
 
 
 def prepare(
@@ -69,22 +79,17 @@ class FoldedDetector(nn.Module):
         self.first = nn.Sequential(model.heads.attention, model.heads.shared)
         self.last = _block_diagonal([model.heads.heatmap, model.heads.size, model.heads.offset])
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Maps `(b, 5, h, w)`, of heatmap, size and offset, and presence logits, of `images` `(b, in_slices, H, W)`.
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Maps `(b, 5, h, w)` of heatmap, size and offset of each level, finest first, and presence logits.
 
         The third are the features of the finest cells `(b, FEATURES, h, w)`, or none, `(b, 0, h, w)`, if not asked for.
         """
         features = self.backbone(images)
         cells = self.neck(features)
-        levels = [self._maps(level) for level in cells]
-        seen = cells[0][:, :0] if self.projection is None else self.projection(cells[0])
-        return torch.cat(merge_levels(levels), dim=1), self.presence(features.c5), seen
-
-    def _maps(self, features: torch.Tensor) -> Maps:
         # The last, tiny step is in float32: rounded to bfloat16, neighbouring cells often tie for the peak.
-        maps = self.last(F.relu(self.first(features)).to(self.last.weight.dtype))
-        heatmap, size, offset = torch.split_with_sizes(maps, OUTPUTS, dim=1)
-        return heatmap, size, offset
+        maps = [self.last(F.relu(self.first(level)).to(self.last.weight.dtype)) for level in cells]
+        seen = cells[0][:, :0] if self.projection is None else self.projection(cells[0])
+        return maps, self.presence(features.c5), seen
 
 
 def fold_batch_norms(module: nn.Module) -> None:
@@ -112,10 +117,10 @@ class Predictor:
 
     def __call__(self, frames: torch.Tensor) -> Prediction:
         """The prediction for `frames`."""
-        return self.seen(frames)[0]
+        return merged(self.seen(frames).levels)
 
-    def seen(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
-        """The prediction for `frames`, and features of their cells, float32 `(b, FEATURES, h, w)`, if prepared for."""
+    def seen(self, frames: torch.Tensor) -> Seen:
+        """What the network says of `frames`, level by level."""
         if not len(frames):
             return self._empty(frames)
         # Without gradients rather than in inference mode, in which torch.compile does not freeze weights.
@@ -124,18 +129,23 @@ class Predictor:
             # A compiled network is compiled again for another batch size, so the last batch is filled up.
             self.largest = max(self.largest, count) if self.compiled else count
             parts = [self._pass(part) for part in torch.split(frames, self.largest)]
-        predictions, features = zip(*parts, strict=True)
-        return Prediction(*(torch.cat(tensors) for tensors in zip(*predictions, strict=True))), torch.cat(features)
+        levels = [joined(same) for same in zip(*(part.levels for part in parts), strict=True)]
+        return Seen(levels, torch.cat([part.features for part in parts]))
 
-    def _pass(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
+    def _pass(self, frames: torch.Tensor) -> Seen:
         count = len(frames)
         images = standardise(frames.to(self.device, non_blocking=True)).to(self.dtype)
         if count < self.largest:
             images = torch.cat([images, images.new_zeros(self.largest - count, *images.shape[1:])])
         images = images.contiguous(memory_format=torch.channels_last)
         maps, presence, features = self._run(images)
-        heatmap, size, offset = torch.split_with_sizes(maps[:count].float(), OUTPUTS, dim=1)
-        return Prediction(heatmap, size, offset, presence[:count].float()), features[:count].float()
+        levels = [self._level(level[:count].float(), presence[:count].float()) for level in maps]
+        return Seen(levels, features[:count].float())
+
+    @staticmethod
+    def _level(maps: torch.Tensor, presence: torch.Tensor) -> Prediction:
+        heatmap, size, offset = torch.split_with_sizes(maps, OUTPUTS, dim=1)
+        return Prediction(heatmap, size, offset, presence)
 
     def _run(self, images: torch.Tensor) -> Any:
         if not self.compiled:
@@ -145,11 +155,21 @@ class Predictor:
         with torch._inductor.config.patch(freezing=True):
             return self.network(images)
 
-    def _empty(self, frames: torch.Tensor) -> tuple[Prediction, torch.Tensor]:
+    def _empty(self, frames: torch.Tensor) -> Seen:
         height, width = (-(-edge // HEATMAP_STRIDE) for edge in frames.shape[-2:])
         heatmap, size, offset = (torch.zeros(0, outputs, height, width, device=self.device) for outputs in OUTPUTS)
         prediction = Prediction(heatmap, size, offset, torch.zeros(0, device=self.device))
-        return prediction, torch.zeros(0, 0, height, width, device=self.device)
+        return Seen([prediction], torch.zeros(0, 0, height, width, device=self.device))
+
+
+def merged(levels: Sequence[Prediction]) -> Prediction:
+    """One prediction, on cells of `HEATMAP_STRIDE` pixels, from those of a network's levels, finest first."""
+    return Prediction(*merge_levels([level[:3] for level in levels]), levels[0].presence)
+
+
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """Predictions for some frames and for others as one for all."""
+    return Prediction(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def random_projection(channels: int) -> nn.Conv2d:

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from motor_ray.config import Augmentation, DetectSettings
+from motor_ray.config import HEATMAP_STRIDE, LEVEL_STRIDES, Augmentation, DetectSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.decode import decode
 from motor_ray.detector.description import Models
 from motor_ray.detector.descriptor import describe
 from motor_ray.detector.device import can_compile, pick_device
 from motor_ray.detector.ensemble import average
-from motor_ray.detector.inference import Predictor, prepare
+from motor_ray.detector.inference import Predictor, merged, prepare
 from motor_ray.detector.model import Prediction
 from motor_ray.detector.tta import VIEWS
 
@@ -49,7 +49,7 @@ class Looker:
         torch.set_num_threads(threads)
         self.settings, self.device = settings, pick_device()
         self.compiled = compiled == "on" or (compiled == "if possible" and can_compile(self.device))
-        self.channels = 0
+        self.channels, self.stride = 0, HEATMAP_STRIDE
         first, *others = [model] if isinstance(model, str) else model
         # Of several networks, and of several views, the first speaks for all about what is seen.
         self.networks = [self._prepared(first, features=settings.features), *map(self._prepared, others)]
@@ -79,20 +79,25 @@ class Looker:
         And what the first network sees in the cells of the first view, which is the frame as it is.
         """
         frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
-        views = [(view, view.forward(frames, *switched)) for view in VIEWS[tta]]
+        views = [(view, view.forward(frames, *switched, stride=self.stride)) for view in VIEWS[tta]]
         said: list[Prediction] = []
         cells: torch.Tensor | None = None
         for network in self.networks:
+            # Levels are merged last: a merged peak of a coarse cell stands in one of its fine cells, in mirrored views
+            # in another one, and the mean of both would be lower than either.
+            levels: list[list[Prediction]] = []
             for view, shown in views:
-                prediction, seen = network.seen(shown)
-                said.append(view.inverse(prediction))
-                cells = seen if cells is None else cells  # large, so the others are let go of at once
+                seen = network.seen(shown)
+                levels.append([view.inverse(level) for level in seen.levels])
+                cells = seen.features if cells is None else cells  # large, so the others are let go of at once
+            said.append(merged([average(same, self.settings.ensemble) for same in zip(*levels, strict=True)]))
         assert cells is not None
         return average(said, self.settings.ensemble), cells
 
     def _prepared(self, model: str, *, features: bool = False) -> Predictor:
         detector = load_checkpoint(model)
         self.channels = detector.in_slices
+        self.stride = max(self.stride, LEVEL_STRIDES[detector.levels - 1])
         return prepare(
             detector,
             self.device,

@@ -43,7 +43,7 @@ class Detector(nn.Module):
 
     def __init__(self, settings: ModelSettings, box_cells: float) -> None:
         super().__init__()
-        self.in_slices = settings.in_slices
+        self.in_slices, self.levels = settings.in_slices, settings.levels
         self.backbone = build_backbone(settings.backbone)
         self.neck = build_neck(self.backbone.channels, settings)
         light = settings.neck == "light"

@@ -34,13 +34,16 @@ class View(NamedTuple):
     switches_clahe: bool = False
     """Looks at the frame as it is without CLAHE; with it, if the model was trained without."""
 
-    def forward(self, frames: torch.Tensor, switched: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, frames: torch.Tensor, switched: torch.Tensor | None = None, *, stride: int = HEATMAP_STRIDE
+    ) -> torch.Tensor:
         """What this view shows of uint8 `frames` `(b, c, H, W)`, which `switched` are with CLAHE switched.
 
-        Raises ConfigError if the view moves cells and the frames' edges are no multiples of the stride, or if it
-        transposes them and they are not square; ValueError without the `switched` frames that it needs.
+        Raises ConfigError if the view moves cells and the frames' edges are no multiples of the `stride` of the
+        coarsest ones, or if it transposes them and they are not square; ValueError without the `switched` frames that
+        it needs.
         """
-        self._check(frames)
+        self._check(frames, stride)
         shown = frames
         if self.switches_clahe:
             if switched is None:
@@ -58,16 +61,16 @@ class View(NamedTuple):
             prediction = unmirrored(prediction, axis)
         return transposed(prediction) if self.transposed else prediction
 
-    def _check(self, frames: torch.Tensor) -> None:
+    def _check(self, frames: torch.Tensor, stride: int) -> None:
         height, width = frames.shape[ROWS:]
         if self.transposed and height != width:
             raise ConfigError(
                 f"detect.tta: the view {self.name!r} needs square frames, got {height} x {width} pixels; "
                 "set --detect.tta fast or off"
             )
-        if (self.transposed or self.mirrored) and (height % HEATMAP_STRIDE or width % HEATMAP_STRIDE):
+        if (self.transposed or self.mirrored) and (height % stride or width % stride):
             raise ConfigError(
-                f"detect.tta: the view {self.name!r} needs frames whose edges are multiples of {HEATMAP_STRIDE} "
+                f"detect.tta: the view {self.name!r} needs frames whose edges are multiples of {stride} "
                 f"pixels, got {height} x {width}; set --detect.tta off"
             )
 

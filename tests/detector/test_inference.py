@@ -65,20 +65,20 @@ def test_features_are_a_projection_of_the_finest_cells_and_change_no_prediction(
     model = small_model()
     frames = frames_for(model, count=3)
     plain, seeing = (prepare(model, CPU, mixed_precision=False, features=asked) for asked in (False, True))
-    prediction, features = seeing.seen(frames)
+    [prediction], features = seeing.seen(frames)
     assert all(torch.equal(a, b) for a, b in zip(prediction, plain(frames), strict=True))
     assert features.shape == (3, inference.FEATURES, *prediction.heatmap.shape[2:])
     assert features.dtype == torch.float32
-    assert plain.seen(frames)[1].shape == (3, 0, *prediction.heatmap.shape[2:])
-    again = prepare(model, CPU, mixed_precision=False, features=True).seen(frames)[1]
+    assert plain.seen(frames).features.shape == (3, 0, *prediction.heatmap.shape[2:])
+    again = prepare(model, CPU, mixed_precision=False, features=True).seen(frames).features
     assert torch.equal(features, again)  # what is trained on them holds for every process
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
 def test_every_kind_of_network_has_features(small_model: SmallModel, changes: dict[str, Any]) -> None:
     model = small_model(**changes)
-    prediction, features = prepare(model, CPU, features=True).seen(frames_for(model))
-    assert features.shape[1:] == (inference.FEATURES, *prediction.heatmap.shape[2:])
+    levels, features = prepare(model, CPU, features=True).seen(frames_for(model))
+    assert features.shape[1:] == (inference.FEATURES, *levels[0].heatmap.shape[2:])
 
 
 def test_a_random_projection_nearly_keeps_distances() -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from motor_ray.config import Averaging, DetectSettings, ModelSettings, RunSettings
+from motor_ray.config import LEVEL_STRIDES, Averaging, DetectSettings, ModelSettings, RunSettings
 from motor_ray.detector.checkpoint import save_checkpoint
+from motor_ray.detector.inference import Seen
 from motor_ray.detector.looks import Look, Looker
-from motor_ray.detector.model import Detector, build_model
+from motor_ray.detector.model import Detector, Prediction, build_model
+from motor_ray.errors import ConfigError
 
 SETTINGS = DetectSettings(score_threshold=0.0, max_detections=5, mixed_precision=False, batch_frames=2)
 SIZE = 64
@@ -79,6 +82,44 @@ def test_a_mirrored_frame_gives_mirrored_motors_with_fast_augmentation(saved: Ca
         boxes[:, 1] = SIZE - 1 - boxes[:, 1]
         order = [np.argsort(100 * one[:, 0].round(2) + one[:, 1]) for one in (plain.boxes, boxes)]
         np.testing.assert_allclose(plain.boxes[order[0]], boxes[order[1]], atol=1e-2)
+
+
+class TurnsAlong:
+    """A network of several levels that says of a turned frame exactly what it says of the frame, turned."""
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+
+    def seen(self, frames: torch.Tensor) -> Seen:
+        return Seen([self.level(frames.float(), stride) for stride in LEVEL_STRIDES[: self.levels]], frames[:, :0])
+
+    def level(self, frames: torch.Tensor, stride: int) -> Prediction:
+        grey = F.avg_pool2d(frames, stride)[:, :1]
+        centre = torch.full_like(grey, 0.5).expand(-1, 2, -1, -1)
+        # Coarse cells see the more, so that it is they who win.
+        return Prediction(stride * (grey - 127) / 100, grey.expand(-1, 2, -1, -1), centre, frames[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_a_network_that_turns_along_says_the_same_with_augmentation(saved: Callable[..., str], levels: int) -> None:
+    """Whatever its levels: views in which nothing is new change no score and no box."""
+    look = looker(saved())
+    look.networks = [TurnsAlong(levels)]  # type: ignore[list-item]
+    frames = pictures()
+    alone, views = look(frames, "off"), look(frames, "fast")
+    assert_same(views, alone, within=1e-4)
+    assert levels == 1 or max(one.scores[0] for one in alone) > 0.5
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_frames_must_be_whole_cells_of_the_coarsest_level_to_be_mirrored(
+    saved: Callable[..., str], levels: int
+) -> None:
+    edge = LEVEL_STRIDES[levels - 1]
+    look = looker(saved(levels=levels), tta="fast")
+    odd = np.zeros((1, 1, 64, 64 - edge // 2), np.uint8)
+    with pytest.raises(ConfigError, match=f"multiples of {edge} pixels"):
+        look(odd)
 
 
 @pytest.mark.parametrize("in_slices", [1, 3])
