@@ -12,10 +12,16 @@ from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
 from motor_ray.config import EvaluateSettings
-from motor_ray.detector.description import CALIBRATION, RESCORER, describe_checkpoint
+from motor_ray.detector.description import (
+    CALIBRATION,
+    RESCORED_CALIBRATION,
+    RESCORER,
+    describe_checkpoint,
+    rescorer_hash,
+)
 from motor_ray.errors import MetricError, RunError
 from motor_ray.motors.calibrate import best_threshold, calibrate
-from motor_ray.motors.calibration import Calibration, Method
+from motor_ray.motors.calibration import Calibration, Method, Origin, origin_of
 from motor_ray.motors.evaluate import need_all
 from motor_ray.motors.link import link_tomograms
 from motor_ray.motors.matching import match_all, spacings_of
@@ -46,25 +52,28 @@ def calibrate_run(
     """
     run = finished_run(detections)
     check_model(detections, run, model)
+    origin = origin_of(run_settings(detections), run["model_sha256"], run.get("rescorer_sha256"))
     best = labelled_answers(detections, labels)
+    if model and origin.rescorer_sha256:
+        check_not_learned_from(detections, model, origin.rescorer_sha256, best["tomo_id"])
     learned = calibrate(
         best,
         method,
         settings.radius_angstrom,
         threshold=settings.threshold_or_usual,
         quantile=quantile,
-        model_sha256=run["model_sha256"],
-        rescorer_sha256=run.get("rescorer_sha256"),
+        origin=origin,
     )
     reliability_figure(picture, best, learned)
-    if model:
-        write_json(join(model, CALIBRATION), learned.model_dump(mode="json"))
-    return {"written": join(model, CALIBRATION) if model else None, "picture": picture, **shown(learned)}
+    written = join(model, RESCORED_CALIBRATION if origin.rescorer_sha256 else CALIBRATION) if model else None
+    if written:
+        write_json(written, learned.model_dump(mode="json"))
+    return {"written": written, "picture": picture, **shown(learned)}
 
 
 def shown(calibration: Calibration) -> Row:
-    """A calibration as JSON, but for who gave the scores."""
-    return calibration.model_dump(mode="json", exclude={"model_sha256", "rescorer_sha256"})
+    """A calibration as JSON, but for the origin of the scores."""
+    return calibration.model_dump(mode="json", exclude={*Origin._fields})
 
 
 def check_model(detections: str, run: Row, model: str | None) -> None:
@@ -76,6 +85,19 @@ def check_model(detections: str, run: Row, model: str | None) -> None:
         raise RunError(
             f"{detections}: was made by the model {theirs[:12]}, and {model} is {ours[:12]}; scores differ between "
             "models, so give the --model that the run was made with, or detect anew with this one"
+        )
+
+
+def check_not_learned_from(detections: str, model: str, rescorer_sha256: str, tomo_ids: pd.Series) -> None:
+    """Raises RunError if the head with that hash, in the checkpoint `model`, learned from one of these tomograms."""
+    from motor_ray.detector.rescore import learned_from  # torch takes 3 s to import
+
+    known = tomo_ids[tomo_ids.isin(learned_from(model))] if rescorer_hash(model) == rescorer_sha256 else tomo_ids[:0]
+    if len(known):
+        raise RunError(
+            f"{detections}: the scores of {len(known)} tomograms, such as {known.iloc[0]}, are by a head that learned "
+            "from these very tomograms, so a threshold would flatter; motor-ray rescore has kept one already, from "
+            "scores of heads that did not know them. Give a run on other labelled tomograms, or none"
         )
 
 
@@ -117,7 +139,7 @@ def rescore_run(
 
     Scores before and after are those of tomograms that each head was not trained on. The head that goes into the
     checkpoint `model` is trained on all of them, and goes there only if average precision grew and F2 did not fall; or
-    with `force`.
+    with `force`. With it goes a calibration that is learned from the scores after, unless all tomograms have motors.
 
     Raises RunError if there is no finished run with features, or if it is another model's; MetricError if a tomogram is
     not labelled, or if too few tomograms have candidates of either kind.
@@ -137,10 +159,16 @@ def rescore_run(
     before, after = (worth(there, some, settings.radius_angstrom) for some in (scores, judged))
     told = {"candidates": len(scores), "motors": int(there.is_motor.sum()), "before": before, "after": after}
     better = after["average_precision"] > before["average_precision"] and after["f2"] >= before["f2"]
-    if better or force:
-        head = train_rescorer(*there.around, there.is_motor, seed=seed)
-        save_rescorer(model, head, run["model_sha256"], told)
-    return {"written": join(model, RESCORER) if better or force else None, "better": better, **told}
+    if not (better or force):
+        return {"written": None, "better": better, **told}
+    head = train_rescorer(*there.around, there.is_motor, seed=seed)
+    save_rescorer(model, head, run["model_sha256"], told, there.truth_tomograms["tomo_id"])
+    best = best_motors(there.motors.assign(score=judged), there.truth_motors, there.truth_tomograms)
+    if not best["has_motor"].all():
+        origin = origin_of(run_settings(detections), run["model_sha256"], rescorer_hash(model))
+        learned = calibrate(best, "fitted", settings.radius_angstrom, origin=origin)
+        write_json(join(model, RESCORED_CALIBRATION), learned.model_dump(mode="json"))
+    return {"written": join(model, RESCORER), "better": better, **told}
 
 
 def candidates(detections: str, labels: Labels, radius_angstrom: float) -> Candidates:

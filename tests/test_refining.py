@@ -13,12 +13,18 @@ import torch
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
 from motor_ray.config import USUAL_THRESHOLD, EvaluateSettings, settings_from
 from motor_ray.detector.checkpoint import load_checkpoint, save_checkpoint
-from motor_ray.detector.description import CALIBRATION, RESCORER, describe_checkpoint, rescorer_hash
+from motor_ray.detector.description import (
+    CALIBRATION,
+    RESCORED_CALIBRATION,
+    RESCORER,
+    describe_checkpoint,
+    rescorer_hash,
+)
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.learned import rescoring
 from motor_ray.distributed.serving import model_cards
 from motor_ray.errors import MetricError, RunError
-from motor_ray.motors.calibration import calibration_at
+from motor_ray.motors.calibration import Calibration, calibration_at, origin_of
 from motor_ray.motors.link import link_slabs
 from motor_ray.refining import FOLDS, calibrate_run, folds, rescore_run
 from motor_ray.results import decided, evaluate_run, export_run
@@ -48,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def nothing_learned(model: str) -> None:
-    for name in (CALIBRATION, RESCORER):
+    for name in (CALIBRATION, RESCORED_CALIBRATION, RESCORER):
         Path(model, name).unlink(missing_ok=True)
 
 
@@ -102,18 +108,24 @@ def learn(run: str, model: str | None, labels: Labels = LABELS, method: Any = "f
     return calibrate_run(run, labels, EvaluateSettings(**settings), method, 0.5, model=model, picture=picture)
 
 
+def kept_of(model: str) -> Calibration | None:
+    """The calibration in a checkpoint of the scores that detection with it gives."""
+    sha256, rescorer = describe_checkpoint(model).sha256, rescorer_hash(model)
+    name = RESCORED_CALIBRATION if rescorer else CALIBRATION
+    return calibration_at(join(model, name), origin_of(SETTINGS, sha256, rescorer))
+
+
 def test_what_is_learned_goes_into_the_checkpoint_which_is_still_one(run: str, model: str) -> None:
     told = learn(run, model)
     json.dumps(told, allow_nan=False)
-    sha256 = describe_checkpoint(model).sha256
-    kept = calibration_at(join(model, CALIBRATION), sha256)
+    kept = kept_of(model)
     assert kept is not None
     assert (told["threshold"], told["written"]) == (kept.threshold, join(model, CALIBRATION))
     assert (told["n_tomograms"], told["n_with_motor"]) == (14, 8)
     assert Path(told["picture"]).stat().st_size > 10_000
     load_checkpoint(model)
     save_checkpoint(model, load_checkpoint(model), SETTINGS, {})  # training goes on
-    assert calibration_at(join(model, CALIBRATION), sha256) is None
+    assert kept_of(model) is None
 
 
 def test_without_a_model_it_is_only_told(run: str, model: str) -> None:
@@ -262,19 +274,49 @@ def test_a_head_that_is_no_better_is_kept_only_by_force(tmp_path: Path, model: s
     assert rescorer_hash(model) is not None
 
 
-def test_a_calibration_is_of_the_scores_before_or_after_the_second_look(
-    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_scores_before_and_after_the_second_look_have_a_calibration_each(tmp_path: Path, model: str) -> None:
     sha256 = describe_checkpoint(model).sha256
-    learn(make_run(tmp_path / "plain", sha256), model)
+    plain = learn(make_run(tmp_path / "plain", sha256), model)
+    settings = ServiceSettings.model_validate({"serve": {"models": {"default": model}}})
     rescore(make_seen_run(tmp_path / "seen", sha256), model)
-    rescorer = rescorer_hash(model)
-    assert calibration_at(join(model, CALIBRATION), sha256, rescorer) is None
-    assert "run motor-ray calibrate again" in caplog.text
-    told = learn(make_run(tmp_path / "again", sha256, rescorer_sha256=rescorer), model)
-    again = calibration_at(join(model, CALIBRATION), sha256, rescorer)
-    assert again is not None
-    assert again.threshold == told["threshold"]
+    kept = kept_of(model)
+    assert kept is not None
+    assert kept.threshold != plain["threshold"]
+    # The endpoint does not look twice.
+    shown = settings_from(model_cards(settings)["default"][2])
+    assert shown.evaluate.threshold == plain["threshold"]
+
+
+def test_the_calibration_that_comes_with_a_head_is_of_scores_by_heads_that_did_not_know_the_tomograms(
+    tmp_path: Path, model: str
+) -> None:
+    told = rescore(make_seen_run(tmp_path / "seen", describe_checkpoint(model).sha256), model)
+    kept = kept_of(model)
+    assert kept is not None
+    assert kept.threshold == told["after"]["best_threshold"]
+    assert kept.f2 == told["after"]["f2"]
+
+
+def test_a_head_is_calibrated_on_other_tomograms_than_it_learned_from(tmp_path: Path, model: str) -> None:
+    sha256 = describe_checkpoint(model).sha256
+    rescore(make_seen_run(tmp_path / "seen", sha256), model)
+    rescorer, before = rescorer_hash(model), kept_of(model)
+    with pytest.raises(RunError, match="14 tomograms, such as with0, are by a head that learned from these very"):
+        learn(make_run(tmp_path / "same", sha256, rescorer_sha256=rescorer), model)
+    assert kept_of(model) == before
+    others = {f"{name}-2": score for name, score in SCORES.items()}
+    told = learn(make_run(tmp_path / "others", sha256, others, rescorer_sha256=rescorer), model, labels_of([*others]))
+    kept = kept_of(model)
+    assert kept is not None
+    assert kept.threshold == told["threshold"]
+    assert told["written"] == join(model, RESCORED_CALIBRATION)
+
+
+def test_a_head_that_only_saw_tomograms_with_motors_comes_without_calibration(tmp_path: Path, model: str) -> None:
+    names = [name for name in SCORES if "without" not in name]
+    rescore(make_seen_run(tmp_path / "seen", describe_checkpoint(model).sha256, names=names), model, labels_of(names))
+    assert rescorer_hash(model)
+    assert kept_of(model) is None
 
 
 def test_folds_hold_whole_tomograms_and_motors_each() -> None:

@@ -6,7 +6,7 @@ It knows the table only; that the tomograms exist is the manifest's business.
 import io
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,9 @@ SPACING = "Voxel spacing"
 COUNT = "Number of motors"
 COLUMNS = ["row_id", "tomo_id", *AXES, *SHAPE, SPACING, COUNT]
 """The columns of the file, in order. The axes are z, y, x."""
+
+GUESSED = "guessed by a model"
+"""A further column, of files in which somebody's labels stand beside a model's: True or False."""
 
 TOMOGRAM_COLUMNS = ["tomo_id", "size_z", "size_y", "size_x", "voxel_spacing_angstrom", "n_motors"]
 MOTOR_COLUMNS = ["tomo_id", "z", "y", "x"]
@@ -81,8 +84,9 @@ def _places(table: pd.DataFrame, tomo_id: str) -> np.ndarray:
 def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
     """Read a CSV file in the columns of `COLUMNS`: one row per motor, or a single row of -1.
 
-    Tomograms and motors keep the file's order; other columns are ignored. Raises LabelsError naming the rows (counted
-    from 1 after the header) that are malformed or contradict one another, StorageError if the file cannot be read.
+    Tomograms and motors keep the file's order; other columns but GUESSED are ignored. Raises LabelsError naming the
+    rows (counted from 1 after the header) that are malformed or contradict one another, StorageError if the file cannot
+    be read.
     """
     try:
         text = read_bytes(uri, settings).decode("utf-8-sig")
@@ -97,11 +101,16 @@ def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
         raise LabelsError(f"{uri}: lacks the column{_plural(missing)} {_names(missing)}; expected {_names(COLUMNS)}")
     if cells.empty:
         raise LabelsError(f"{uri}: holds no rows; expected one per motor, or one of -1 per tomogram without a motor")
-    return _labels(_parse(cells, uri), uri)
+    labels = _labels(_parse(cells, uri), uri)
+    if GUESSED not in cells.columns:
+        return labels
+    return replace(labels, guessed=frozenset(cells.loc[cells[GUESSED] == "True", "tomo_id"]))
 
 
 def write_labels(labels: Labels, path: str) -> None:
-    """Write `labels` to the file or URI `path` in exactly Kaggle's columns, so that `read_labels` gives them back.
+    """Write `labels` to the file or URI `path` in Kaggle's columns, so that `read_labels` gives them back.
+
+    If some are guessed, one more says which; what is doubtful is not written.
 
     Raises LabelsError, and writes nothing, for labels that `read_labels` would refuse.
     """
@@ -117,7 +126,10 @@ def write_labels(labels: Labels, path: str) -> None:
     table[SPACING] = rows["voxel_spacing_angstrom"].astype(np.float64)
     table[COUNT] = rows["n_motors"]
     _labels(table, path)
-    write_bytes(path, table[COLUMNS].to_csv(index=False, lineterminator="\n").encode())
+    if labels.guessed:
+        table[GUESSED] = table["tomo_id"].isin(labels.guessed)
+    columns = [*COLUMNS, *([GUESSED] if labels.guessed else [])]
+    write_bytes(path, table[columns].to_csv(index=False, lineterminator="\n").encode())
 
 
 def split_tomograms(tomo_ids: Iterable[str], seed: int = 420) -> dict[Part, list[str]]:

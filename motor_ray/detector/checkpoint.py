@@ -24,6 +24,7 @@ from motor_ray.detector.description import (
     CALIBRATION,
     DESCRIPTION,
     FORMAT_VERSION,
+    RESCORED_CALIBRATION,
     RESCORER,
     SUFFIX,
     TENSORS,
@@ -33,7 +34,10 @@ from motor_ray.detector.model import Detector, build_model
 from motor_ray.detector.pretrained import load_tensors, parse_tensors
 from motor_ray.errors import StorageError
 
-OURS = {TENSORS, DESCRIPTION, "training_state.pt", CALIBRATION, RESCORER}
+LEARNED_LATER = {CALIBRATION, RESCORED_CALIBRATION, RESCORER}
+"""Of a model, by other verbs: with other weights it is worth nothing."""
+
+OURS = {TENSORS, DESCRIPTION, "training_state.pt", *LEARNED_LATER}
 """What a checkpoint may hold; a directory with anything else is not replaced."""
 
 
@@ -88,7 +92,7 @@ def _write(uri: str, data: bytes, description: dict[str, Any], tensors: str = TE
 
 
 def _replace_objects(uri: str, data: bytes, description: dict[str, Any]) -> None:
-    old = {name for name in storage.list_names(uri) if name.endswith(SUFFIX) or name == CALIBRATION}
+    old = {name for name in storage.list_names(uri) if name.endswith(SUFFIX) or name in LEARNED_LATER}
     tensors = f"model-{description['sha256'][:12]}{SUFFIX}"
     _write(uri, data, description, tensors)
     for name in old - {tensors}:

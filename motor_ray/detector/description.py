@@ -20,10 +20,13 @@ TENSORS = f"model{SUFFIX}"
 DESCRIPTION = "model.json"
 
 CALIBRATION = "calibration.json"
-"""What `motor-ray calibrate` learned of the model, beside it."""
+"""From which score of the model there is a motor, beside it."""
 
 RESCORER = f"rescorer{SUFFIX}"
 """What `motor-ray rescore` learned with it: a head that judges its candidates in three dimensions."""
+
+RESCORED_CALIBRATION = "calibration_rescored.json"
+"""From which score of that head there is a motor."""
 
 SNAPSHOTS = "snapshots"
 """Folder of a training run that stands for all the checkpoints in it."""

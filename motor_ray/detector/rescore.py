@@ -5,7 +5,7 @@ what they are is told in `motor_ray.motors.neighbourhood`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,15 @@ def train_rescorer(along_z: Floats, geometry: Floats, is_motor: NDArray[np.bool_
     return model.eval()
 
 
-def save_rescorer(checkpoint: str, model: Rescorer, model_sha256: str, metrics: Mapping[str, Any]) -> None:
-    """Write `model` into the directory of the `checkpoint` with that hash, with what is to be known of it."""
-    about = {"model_sha256": model_sha256, "metrics": json.dumps(metrics)}
+def save_rescorer(
+    checkpoint: str, model: Rescorer, model_sha256: str, metrics: Mapping[str, Any], tomograms: Iterable[str]
+) -> None:
+    """Write `model` into the directory of the `checkpoint` with that hash, and what it learned from and measured."""
+    about = {
+        "model_sha256": model_sha256,
+        "metrics": json.dumps(metrics),
+        "tomograms": json.dumps(sorted(tomograms)),
+    }
     data = safetensors.torch.save(model.state_dict(), about)
     storage.write_bytes(storage.join(checkpoint, RESCORER), data)
 
@@ -125,6 +131,14 @@ def load_rescorer(checkpoint: str, model_sha256: str, numbers: tuple[int, int]) 
     model = Rescorer(*numbers)
     load_tensors(model, tensors, source)
     return model.eval()
+
+
+def learned_from(checkpoint: str) -> set[str]:
+    """The tomograms that the head in the directory `checkpoint` learned from. Raises CheckpointError."""
+    source = storage.join(checkpoint, RESCORER)
+    data = storage.read_bytes(source)
+    parse_tensors(data, source)
+    return set(json.loads(_about(data).get("tomograms", "[]")))
 
 
 def _about(data: bytes) -> dict[str, str]:

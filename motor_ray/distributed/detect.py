@@ -26,7 +26,7 @@ from motor_ray.config import PASSES, RunSettings, results_hash
 from motor_ray.detector.description import Ensemble, Models, describe_models
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
-from motor_ray.distributed.learned import learned_of
+from motor_ray.distributed.learned import Learned, learned_of
 from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
@@ -65,14 +65,16 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     out, manifest = absolute(out), manifest.sort_by("tomo_id")
     models = describe_models(model)
     settings = settings_of_model(models.settings, settings)
-    learned = learned_of(models)
+    learned = learned_of(models, settings)
     if begun_without_features(out) and not settings.detect.features:
-        learned = learned.without_rescoring(models, out)
+        learned = learned.without_rescoring(models, out, settings)
     settings = learned.settings_for(settings)
     run = describe_run(manifest, models, settings) | learned.told()
     there = run_at(out, run)
     if there.get("status") == "done" and there.get("rescorer_sha256") == learned.rescorer_sha256:
         return finished(out, there, learned.calibration)
+    if there.get("status") == "done":
+        return linked_again(out, there, manifest, settings, unusable, learned)
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
     with connected(local_slots(settings.detect)), alone(out), storage_watched(out):
@@ -81,7 +83,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
         job.start(unusable)
         job.look("first look", lambda: first_look(manifest, settings))
         job.look("second look", job.plan_second_look)
-        counts = gather(out, job.plans(), manifest, settings, unusable, learned.rescore)
+        counts = gather(out, plans_of(out), manifest, settings, unusable, learned.rescore)
         result = run | {"status": "done", "seconds": round(time.monotonic() - started, 1), "counts": counts}
         write_json(join(out, "run.json"), result)
     return result
@@ -107,7 +109,8 @@ def dry_run(manifest: pa.Table, unusable: pa.Table, model: Models, settings: Run
     """What `detect` would do with the same arguments, and about how long it would take; writes nothing."""
     check_usable(manifest, unusable)
     models = describe_models(model)
-    settings = learned_of(models).settings_for(settings_of_model(models.settings, settings))
+    settings = settings_of_model(models.settings, settings)
+    settings = learned_of(models, settings).settings_for(settings)
     return estimate(manifest, models.uris, settings) | {"unusable": unusable["error"].to_pylist()}
 
 
@@ -155,6 +158,26 @@ def finished(out: str, there: dict[str, Any], calibration: dict[str, Any] | None
     return there | {"calibration": calibration}
 
 
+def linked_again(
+    out: str, there: dict[str, Any], manifest: pa.Table, settings: RunSettings, unusable: pa.Table, learned: Learned
+) -> dict[str, Any]:
+    """The run.json of a run that is done once its candidates are judged as its model has learned to since.
+
+    It stays done all the while: killed on the way, it is linked again the next time. Nobody looks at a slice.
+    """
+    with alone(out), storage_watched(out):
+        counts = gather(out, plans_of(out), manifest, settings, unusable, learned.rescore)
+        result = there | learned.told() | {"counts": counts}
+        write_json(join(out, "run.json"), result)
+    log.info("%s: this run is finished already; its motors were linked again, for its model judges them anew", out)
+    return result
+
+
+def plans_of(out: str) -> list[str]:
+    """URIs of the plans of both looks of the run under `out`."""
+    return [join(out, name) for name in LOOKS.values()]
+
+
 class Job:
     """A run that is under way: the same archive is looked at twice."""
 
@@ -172,10 +195,6 @@ class Job:
         write_json(join(self.out, "run.json"), self.run | {"status": "running"})
         write_manifest(self.manifest, join(self.out, "tomograms.parquet"), unusable)
         settle(join(self.out, "slabs"), self.notes)
-
-    def plans(self) -> list[str]:
-        """URIs of the plans of both looks."""
-        return [join(self.out, name) for name in LOOKS.values()]
 
     def look(self, name: str, make_plan: Callable[[], Iterable[pa.Table]]) -> None:
         """Score the slabs of a look that are not done; its plan is made by `make_plan` if it is not there yet."""
@@ -198,7 +217,7 @@ class Job:
 
     def plan_second_look(self) -> Iterable[pa.Table]:
         """The PLAN of what is worth a closer look, in pieces."""
-        detect, first = self.settings.detect, [self.plans()[0]]
+        detect, first = self.settings.detect, plans_of(self.out)[:1]
         for tomograms, slabs in complete_pieces(self.out, first, self.manifest):
             rows = tomograms.to_pylist()
             sizes = {row["tomo_id"]: row["size_z"] for row in rows}

@@ -4,8 +4,8 @@ import logging
 from typing import Any, NamedTuple
 
 from motor_ray.config import RunSettings
-from motor_ray.detector.description import CALIBRATION, Ensemble, rescorer_hash
-from motor_ray.motors.calibration import Calibration, calibration_at
+from motor_ray.detector.description import CALIBRATION, RESCORED_CALIBRATION, Ensemble, rescorer_hash
+from motor_ray.motors.calibration import Calibration, calibration_at, origin_of
 from motor_ray.motors.link import Rescore
 from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT, neighbourhoods
 from motor_ray.storage import join
@@ -24,7 +24,7 @@ class Learned(NamedTuple):
         """What run.json says of it."""
         return {"calibration": self.calibration, "rescorer_sha256": self.rescorer_sha256}
 
-    def without_rescoring(self, models: Ensemble, out: str) -> "Learned":
+    def without_rescoring(self, models: Ensemble, out: str, settings: RunSettings) -> "Learned":
         """The same for the run under `out`, which was begun before the checkpoint had learned to re-score."""
         if self.rescore is None:
             return self
@@ -34,7 +34,7 @@ class Learned(NamedTuple):
             out,
             models.uris[0],
         )
-        return Learned(_dumped(calibration_of(models)), None, None)
+        return Learned(_dumped(calibration_of(models, settings)), None, None)
 
     def settings_for(self, settings: RunSettings) -> RunSettings:
         """`settings` that keep the features by which candidates are judged."""
@@ -43,8 +43,8 @@ class Learned(NamedTuple):
         return settings.model_copy(update={"detect": settings.detect.model_copy(update={"features": True})})
 
 
-def learned_of(models: Ensemble) -> Learned:
-    """What a checkpoint has learned; several together are another model, of which nothing is known.
+def learned_of(models: Ensemble, settings: RunSettings) -> Learned:
+    """What a checkpoint at work with these settings has learned; of several together nothing is known.
 
     Raises CheckpointError or ConfigError if it is damaged.
     """
@@ -53,19 +53,17 @@ def learned_of(models: Ensemble) -> Learned:
         return Learned(None, None, None)
     [uri] = models.uris
     rescorer = rescorer_hash(uri)
-    calibration = calibration_at(join(uri, CALIBRATION), models.sha256, rescorer)
-    return Learned(
-        _dumped(calibration),
-        rescorer,
-        rescoring(uri, models.sha256) if rescorer else None,
-    )
+    if rescorer is None:
+        return Learned(_dumped(calibration_of(models, settings)), None, None)
+    calibration = calibration_at(join(uri, RESCORED_CALIBRATION), origin_of(settings, models.sha256, rescorer))
+    return Learned(_dumped(calibration), rescorer, rescoring(uri, models.sha256))
 
 
-def calibration_of(models: Ensemble) -> Calibration | None:
+def calibration_of(models: Ensemble, settings: RunSettings) -> Calibration | None:
     """The calibration of the scores of a single checkpoint as it is, without re-scoring."""
     if len(models.uris) > 1:
         return None
-    return calibration_at(join(models.uris[0], CALIBRATION), models.sha256)
+    return calibration_at(join(models.uris[0], CALIBRATION), origin_of(settings, models.sha256))
 
 
 def _dumped(calibration: Calibration | None) -> dict[str, Any] | None:

@@ -415,8 +415,8 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
     for name, uris in models.items():
         there = describe_models(checkpoints_of(uris))
         asked = RunSettings(archive=settings.archive, detect=detect, link=settings.link)
-        learned = calibration_of(there)
         trained = settings_of_model(there.settings, asked)
+        learned = calibration_of(there, trained)
         if learned:
             evaluate = trained.evaluate.model_copy(update={"threshold": learned.threshold})
             trained = trained.model_copy(update={"evaluate": evaluate})

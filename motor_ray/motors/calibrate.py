@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from motor_ray.config import USUAL_THRESHOLD
 from motor_ray.errors import MetricError
-from motor_ray.motors.calibration import Calibration, Method, quantile_threshold
+from motor_ray.motors.calibration import Calibration, Method, Origin, quantile_threshold
 from motor_ray.motors.metrics import Counts, count_tomograms, hits_and_alarms
 
 Floats = NDArray[np.float64]
@@ -52,13 +53,14 @@ def calibrate(
     method: Method,
     radius_angstrom: float,
     *,
-    threshold: float,
-    quantile: float,
-    model_sha256: str,
-    rescorer_sha256: str | None = None,
+    origin: Origin,
+    threshold: float = USUAL_THRESHOLD,
+    quantile: float = 0.5,
     seed: int = 420,
 ) -> Calibration:
     """What the table of `best_motors` teaches; `threshold` counts with the method `fixed`, `quantile` with its own.
+
+    `origin` says where the scores come from.
 
     Raises MetricError if all tomograms have a motor, or none has, or if no motor was found where one is.
     """
@@ -95,8 +97,7 @@ def calibrate(
         threshold_by_probability=_score_at(curve, f2 / 5),
         error_of_scores=expected_error(scores, has_motor),
         error_of_probabilities=expected_error(curve(scores), has_motor),
-        model_sha256=model_sha256,
-        rescorer_sha256=rescorer_sha256,
+        **origin._asdict(),
     )
 
 

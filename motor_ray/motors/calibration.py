@@ -4,13 +4,13 @@ Knows the file of it, but nothing else of a checkpoint; how it is learned is in 
 """
 
 import logging
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from motor_ray.config import Settings, checked
+from motor_ray.config import RunSettings, Settings, checked, flat
 from motor_ray.storage import exists, read_json
 
 Floats = NDArray[np.float64]
@@ -19,6 +19,25 @@ Method = Literal["fixed", "quantile", "fitted"]
 """How a threshold comes about: it is given; a share of a run's tomograms has no motor; it scored the best F2."""
 
 log = logging.getLogger(__name__)
+
+
+class Origin(NamedTuple):
+    """What scores of tomograms come from."""
+
+    model_sha256: str
+
+    rescorer_sha256: str | None
+    """Of the head that judged the model's candidates, if one did."""
+
+    settings: dict[str, Any]
+    """By their whole names, those that change what this model scores."""
+
+
+def origin_of(settings: RunSettings, model_sha256: str, rescorer_sha256: str | None = None) -> Origin:
+    """The origin of the scores of a model at work with these settings."""
+    every = flat(settings.model_dump(mode="json"))
+    names = ("detect.tta", "detect.ensemble", "link.")
+    return Origin(model_sha256, rescorer_sha256, {name: every[name] for name in every if name.startswith(names)})
 
 
 class Calibration(Settings):
@@ -71,26 +90,35 @@ class Calibration(Settings):
 
     model_sha256: str
     rescorer_sha256: str | None
-    """Who gave the scores."""
+    settings: dict[str, Any]
+    """What the scores come from, see Origin."""
 
     def threshold_of(self, scores: Floats) -> float:
         """The threshold for a run with these ``(n,)`` scores of its tomograms, NaN where no motor was found."""
         return self.threshold if self.quantile is None else quantile_threshold(scores, self.quantile)
 
 
-def calibration_at(uri: str, model_sha256: str, rescorer_sha256: str | None = None) -> Calibration | None:
-    """The calibration in the file `uri`, None if there is none or it is of other scores.
+def calibration_at(uri: str, origin: Origin) -> Calibration | None:
+    """The calibration in the file `uri`, None if there is none or it is of another model's or head's scores.
 
-    Raises ConfigError if the file is not ours, StorageError if it cannot be read.
+    If it was learned with other settings it is taken, with a warning. Raises ConfigError if the file is not ours,
+    StorageError if it cannot be read.
     """
     if not exists(uri):
         return None
     there = read_json(uri)
     found = checked(Calibration, there if isinstance(there, dict) else {}, uri)
-    if (found.model_sha256, found.rescorer_sha256) == (model_sha256, rescorer_sha256):
-        return found
-    log.warning("%s: is of another model or re-scoring, and not used; run motor-ray calibrate again", uri)
-    return None
+    if (found.model_sha256, found.rescorer_sha256) != origin[:2]:
+        log.warning("%s: is of another model or re-scoring, and not used; run motor-ray calibrate again", uri)
+        return None
+    differing = [
+        f"{name} was {found.settings.get(name)}, is {value}"
+        for name, value in origin.settings.items()
+        if found.settings.get(name) != value
+    ]
+    if differing:
+        log.warning("%s: was learned with other settings (%s); calibrate for these, too", uri, "; ".join(differing))
+    return found
 
 
 def quantile_threshold(scores: Floats, share: float) -> float:

@@ -209,7 +209,9 @@ def test_guesses_stand_beside_labels_and_are_known_as_such(tmp_path: Path) -> No
     assert both.motors_of("tomo_00e463").tolist() == labels.motors_of("tomo_00e463").tolist()
     assert len(both.doubtful_of("tomo_00e463")) == len(labels.doubtful) == 0
     write_labels(both, str(tmp_path / "both.csv"))
-    assert len(read_labels(str(tmp_path / "both.csv")).tomograms) == 4
+    again = read_labels(str(tmp_path / "both.csv"))
+    assert len(again.tomograms) == 4
+    assert again.guessed == {"g"}
 
 
 def test_a_guess_does_not_take_the_place_of_a_label(tmp_path: Path) -> None:

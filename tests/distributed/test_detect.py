@@ -97,7 +97,9 @@ def test_a_finished_run_is_not_repeated_and_another_models_is_not_overwritten(da
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(damaged, settings, checkpoint, tmp_path):
+def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(
+    damaged, settings, checkpoint, tmp_path, monkeypatch
+):
     model, out = tmp_path / "best", tmp_path / "run"
     shutil.copytree(checkpoint, model)
     manifest = make_manifest(damaged, settings.archive)
@@ -107,7 +109,9 @@ def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(d
     plain = storage.read_table(str(out / "motors.parquet"))
     head = Rescorer(PRESENT + 2 * FEATURES, len(GEOMETRY))
     torch.nn.init.constant_(head.last.bias, 1.0)
-    save_rescorer(str(model), head, before["model_sha256"], {})
+    save_rescorer(str(model), head, before["model_sha256"], {}, [])
+    monkeypatch.setattr(ray, "init", None)  # nobody looks at a slice
+    monkeypatch.setattr("motor_ray.distributed.detect.connected", None)
     after = detect(manifest, NONE, str(model), str(out), settings)  # which keeps features without being told to
     assert {path.name: path.stat().st_mtime_ns for path in (out / "slabs").iterdir()} == slabs
     assert after["rescorer_sha256"] == rescorer_hash(str(model))

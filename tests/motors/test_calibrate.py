@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motor_ray.config import RunSettings
 from motor_ray.errors import ConfigError, MetricError
 from motor_ray.motors.calibrate import (
     BINS,
@@ -18,13 +19,13 @@ from motor_ray.motors.calibrate import (
     expected_error,
     fit_platt,
 )
-from motor_ray.motors.calibration import Calibration, calibration_at, quantile_threshold
+from motor_ray.motors.calibration import Calibration, Origin, calibration_at, origin_of, quantile_threshold
 from motor_ray.motors.metrics import count_tomograms
 from motor_ray.motors.reliability import reliability_figure, wilson
 from motor_ray.storage import write_json
 
 RADIUS = 1000.0
-SHA = "a" * 64
+ORIGIN = Origin("a" * 64, None, {"detect.tta": "off"})
 
 
 def answers(rows: list[tuple[float, bool]], distances: float | list[float] = 0.0) -> pd.DataFrame:
@@ -48,7 +49,7 @@ def drawn(count: int, seed: int = 0, steep: float = 8.0) -> pd.DataFrame:
 
 
 def learned(best: pd.DataFrame, method: Any = "fitted", **given: Any) -> Calibration:
-    usual: dict[str, Any] = {"threshold": 0.15, "quantile": 0.55, "model_sha256": SHA}
+    usual: dict[str, Any] = {"threshold": 0.15, "quantile": 0.55, "origin": ORIGIN}
     return calibrate(best, method, RADIUS, **usual | given)
 
 
@@ -170,12 +171,35 @@ def test_a_calibration_is_read_again_and_only_for_the_scores_that_it_is_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     there, found = str(tmp_path / "calibration.json"), learned(drawn(40))
-    assert calibration_at(there, SHA) is None
+    assert calibration_at(there, ORIGIN) is None
     write_json(there, found.model_dump(mode="json"))
-    assert calibration_at(there, SHA) == found
-    assert calibration_at(there, "b" * 64) is None
-    assert calibration_at(there, SHA, "c" * 64) is None
+    assert calibration_at(there, ORIGIN) == found
+    assert not caplog.text
+    assert calibration_at(there, ORIGIN._replace(model_sha256="b" * 64)) is None
+    assert calibration_at(there, ORIGIN._replace(rescorer_sha256="c" * 64)) is None
     assert "run motor-ray calibrate again" in caplog.text
+
+
+def test_a_calibration_of_other_settings_is_taken_with_a_warning_that_names_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there, found = str(tmp_path / "calibration.json"), learned(drawn(40))
+    write_json(there, found.model_dump(mode="json"))
+    assert calibration_at(there, ORIGIN._replace(settings={"detect.tta": "full"})) == found
+    assert "other settings (detect.tta was off, is full)" in caplog.text
+
+
+def test_scores_depend_on_how_a_model_looks_and_links_and_not_on_how_the_run_is_done() -> None:
+    usual = RunSettings()
+    for group, changes, differs in (
+        ("detect", {"tta": "fast"}, True),
+        ("detect", {"ensemble": "logit"}, True),
+        ("link", {"max_gap_angstrom": 50.0}, True),
+        ("detect", {"loaders": 3, "exhaustive": True}, False),
+        ("archive", {"attempts": 2}, False),
+    ):
+        other = usual.model_copy(update={group: getattr(usual, group).model_copy(update=changes)})
+        assert (origin_of(other, "a") != origin_of(usual, "a")) == differs
 
 
 @pytest.mark.parametrize("damage", [{"threshold": 1.5}, {"threshold": None}, {"treshold": 0.2}, {"method": "guess"}])
@@ -183,10 +207,10 @@ def test_a_damaged_calibration_is_refused_by_name(tmp_path: Path, damage: dict[s
     there = str(tmp_path / "calibration.json")
     write_json(there, learned(drawn(40)).model_dump(mode="json") | damage)
     with pytest.raises(ConfigError, match=rf"calibration\.json: {next(iter(damage))}"):
-        calibration_at(there, SHA)
+        calibration_at(there, ORIGIN)
     write_json(there, [1, 2])
     with pytest.raises(ConfigError, match=r"calibration\.json: method: Field required"):
-        calibration_at(there, SHA)
+        calibration_at(there, ORIGIN)
 
 
 @pytest.mark.parametrize("best", [drawn(60), answers([(np.nan, False), (0.9, True)])], ids=["many", "two"])
