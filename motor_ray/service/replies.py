@@ -180,6 +180,10 @@ class Model(Reply):
     """Score from which a motor counts, if one has to decide."""
 
     box_pixels: float
+    """Edge of the boxes that the model was taught, in pixels of its frames; unless"""
+
+    box_angstrom: float | None
+    """is given: then it is this in the specimen."""
 
     members: list[Member]
     """The checkpoints that answer together; mostly one."""

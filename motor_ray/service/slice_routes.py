@@ -3,7 +3,7 @@
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from motor_ray import __version__
 from motor_ray.config import Augmentation
@@ -34,6 +34,9 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["slices"], dependencies=[authorised(keys)], responses=TROUBLE)
     lowest = min(settings.detect.score_threshold for settings in desk.trained.values())
 
+    async def asked(voxel_spacing_angstrom: Spacing = None, model: ModelName = DEFAULT_MODEL, tta: Tta = None) -> Ask:
+        return desk.ask(model, voxel_spacing_angstrom, tta)
+
     @router.get("/model")
     async def model(model: ModelName = DEFAULT_MODEL) -> Model:
         """What is known of a model, and what may be sent."""
@@ -50,6 +53,7 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
                 "score_threshold": settings.detect.score_threshold,
                 "presence_threshold": settings.evaluate.threshold_or_usual,
                 "box_pixels": settings.targets.box_pixels,
+                "box_angstrom": settings.targets.box_angstrom,
                 "members": card.members,
                 "tta": settings.detect.tta,
                 "tta_allowed": desk.augmentations(),
@@ -65,33 +69,18 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
         )
 
     @router.post("/slices", openapi_extra=IMAGE_BODY)
-    async def slices(
-        request: Request,
-        threshold: Threshold = lowest,
-        voxel_spacing_angstrom: Spacing = None,
-        model: ModelName = DEFAULT_MODEL,
-        tta: Tta = None,
-    ) -> Slice:
+    async def slices(request: Request, ask: Annotated[Ask, Depends(asked)], threshold: Threshold = lowest) -> Slice:
         """Find motors on one image: the body is a JPEG, PNG or TIFF file of a slice, 8 or 16 bits, grey or colour."""
-        ask = desk.ask(model, voxel_spacing_angstrom, tta)
         size = body_bytes(request, desk.limits.image_bytes, "image")
         with desk.room.for_bytes(size):
             image = await read_body(request, size, desk.limits.timeout_seconds)
             return Slice.model_validate(await desk.look(image, "The image", ask, threshold))
 
     @router.post("/slices:batch", openapi_extra=IMAGES_BODY, responses=trouble({415: "The body is no form of files"}))
-    async def batch(
-        request: Request,
-        threshold: Threshold = lowest,
-        voxel_spacing_angstrom: Spacing = None,
-        model: ModelName = DEFAULT_MODEL,
-        tta: Tta = None,
-    ) -> Slices:
+    async def batch(request: Request, ask: Annotated[Ask, Depends(asked)], threshold: Threshold = lowest) -> Slices:
         """Find motors on several images, each a file of the form's field ``images``."""
         started = time.perf_counter()
-        card = desk.card(model)
-        ask = desk.ask(model, voxel_spacing_angstrom, tta)
-        limits = desk.limits
+        card, limits = desk.card(ask.model), desk.limits
         most = min(limits.images_per_request * limits.image_bytes + PARTS_BYTES, limits.bytes_in_flight)
         size = body_bytes(request, most, "form")
         with desk.room.for_bytes(size):

@@ -31,6 +31,7 @@ MODEL = {
     "score_threshold": 0.1,
     "presence_threshold": 0.15,
     "box_pixels": 100.0,
+    "box_angstrom": None,
     "metrics": {},
     "limits": {
         "image_bytes": 10**7,
