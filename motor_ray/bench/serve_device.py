@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from motor_ray.config import PASSES, Augmentation, RunSettings, settings_from
 from motor_ray.distributed.answering import Answerer
 from motor_ray.distributed.loading import LoadSlab
-from motor_ray.distributed.serving import Detector
+from motor_ray.distributed.replica import Detector
 
 if TYPE_CHECKING:
     from motor_ray.detector.looks import Look

@@ -178,7 +178,7 @@ def main(job: str, device: str) -> None:
     set_here(settings.serve)  # before Ray Serve is imported
     from motor_ray.bench.serve_device import StandIn
     from motor_ray.distributed.endpoint import serve_until_stopped
-    from motor_ray.distributed.serving import Detector
+    from motor_ray.distributed.replica import Detector
 
     threading.Thread(target=stop_with, args=(os.getppid(),), daemon=True).start()
     serve_until_stopped(settings, StandIn if device == "stand-in" else Detector)

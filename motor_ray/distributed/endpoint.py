@@ -18,7 +18,8 @@ from ray import serve
 
 from motor_ray.config import flat
 from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, holds, possible_nodes, root_cause
-from motor_ray.distributed.serving import APP, Detector, application, detector_resources, model_cards
+from motor_ray.distributed.replica import Detector
+from motor_ray.distributed.serving import APP, application, detector_resources, model_cards
 from motor_ray.distributed.sharing import require_shared
 from motor_ray.errors import ConfigError, RunError, UnfinishedError
 from motor_ray.machine import cores

@@ -1,11 +1,15 @@
 """What Ray Serve is told by environment variables, which it reads when it is imported: so this comes before that."""
 
+import logging
 import os
 import socket
 import sys
 
+from motor_ray.errors import ConfigError
 from motor_ray.service.door import DOOR_BYTES
 from motor_ray.service.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 
 def variables(settings: ServeSettings) -> dict[str, str]:
@@ -42,3 +46,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_environment(limits: ServeSettings) -> None:
+    """Raises ConfigError if https was asked for where it would not come about; warns of what was not set for Ray."""
+    if limits.ssl_certfile and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ConfigError("serve.ssl_certfile: HAProxy cannot do https; start Ray without RAY_SERVE_ENABLE_HA_PROXY")
+    missing = [f"{name}={value}" for name, value in variables(limits).items() if os.environ.get(name) != value]
+    if missing:
+        log.warning("Ray was started without %s: large bodies may pile up in memory", ", ".join(missing))
+
+
+def log_as_serve() -> None:
+    """Our messages go where Ray Serve's go, in its format; it takes those of its own loggers only."""
+    ours = logging.getLogger("motor_ray")
+    ours.parent = logging.getLogger("ray.serve")
+    ours.setLevel(logging.INFO)

@@ -7,30 +7,23 @@ Everything comes from one ServiceSettings, whether `motor-ray serve` starts it o
 """
 
 import asyncio
-import logging
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpc.aio import AioRpcError
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 
-from motor_ray import errors
-from motor_ray.config import Augmentation, RunSettings, checked, settings_from
+from motor_ray.config import RunSettings, checked, settings_from
 from motor_ray.detector.description import describe_models
-from motor_ray.distributed.batches import Batches
+from motor_ray.distributed.asking import Asking, Detectors, Handle
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
 from motor_ray.distributed.learned import calibration_of
-from motor_ray.distributed.serve_environment import variables
-from motor_ray.errors import BusyError, ConfigError, MotorRayError, OutageError
+from motor_ray.distributed.replica import Detector
+from motor_ray.distributed.serve_environment import check_environment, log_as_serve
+from motor_ray.errors import BusyError, ConfigError
 from motor_ray.machine import cores
-from motor_ray.service.backend import Ask, ModelCard, Picture
+from motor_ray.service.backend import ModelCard
 from motor_ray.service.jobs import Jobs
 from motor_ray.service.keys import needed_keys
 from motor_ray.service.settings import DEFAULT_MODEL, ServeSettings, ServiceSettings, checkpoints_of
@@ -38,105 +31,11 @@ from motor_ray.service.settings import DEFAULT_MODEL, ServeSettings, ServiceSett
 APP = "motor_ray"
 """The application's name within Ray Serve."""
 
-MODELS_PER_DETECTOR = 3
-"""Models that a detector keeps in memory; the one unused for longest makes room."""
-
-TRIES = 4
-"""Detectors that a request is put to, if they die of something while they have it."""
-
-PREPARERS = 4
-"""Images that a detector decodes at a time."""
-
 CONNECTIONS = 4096
 """Requests that an ingress has at a time, as many as HAProxy lets in. What they hold in memory is limited otherwise."""
 
 LOOK_BACK_SECONDS = 15.0
 """Load is averaged over so long; Serve counts it every 10 s, and wants it to be longer than that."""
-
-REFUSED = "refused"
-"""Key of an answer that is an error of ours, for exceptions lose their kind on their way through Ray."""
-
-Handle = DeploymentHandle[Any]
-
-log = logging.getLogger(__name__)
-
-
-class Detector:
-    """Holds models, and looks at images and slabs with them."""
-
-    def __init__(self, settings: dict[str, Any], cards: dict[str, list[Any]]) -> None:
-        self.settings = ServiceSettings.model_validate(settings)
-        self.cards = {name: ModelCard(*card) for name, card in cards.items()}
-        self.device = ThreadPoolExecutor(1)  # torch keeps much of its state by thread
-        self.preparers = ThreadPoolExecutor(PREPARERS)
-        limits = self.settings.serve
-        self.look = Batches(self._look, limits.batch_images, limits.batch_wait_seconds)
-        self.meter = DetectorMeter()
-        _log_as_serve()
-        self.default = self.device.submit(self._load, DEFAULT_MODEL).result()
-
-    async def picture(self, image: bytes, spacing: float | None, tta: Augmentation | None = None) -> dict[str, Any]:
-        """What is found on an image file."""
-        return await _told(self._picture(image, spacing, tta))
-
-    async def slab(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """What is found on the slices of a PLAN row: a SLABS row, and the model's hash."""
-        return await _told(self._slab(plan))
-
-    async def _picture(self, image: bytes, spacing: float | None, tta: Augmentation | None) -> dict[str, Any]:
-        from motor_ray.distributed.answering import picture_of
-
-        model = await self._model()
-        most = self.settings.serve.image_pixels
-        prepared = await self._prepare(model.prepare_picture, image, spacing, most, tta)
-        return picture_of(prepared, await self.look(model, prepared), model.sha256)
-
-    async def _slab(self, plan: dict[str, Any]) -> dict[str, Any]:
-        model = await self._model()
-        prepared = await self._prepare(model.prepare_slab, plan)
-        answer = await self.look(model, prepared)
-        own = {"slab_id": plan["slab_id"], "tomo_id": plan["tomo_id"], "model": model.sha256[:12]}
-        return own | {"slices": answer.slices}
-
-    async def _prepare(self, prepare: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.preparers, prepare, *arguments)
-
-    async def _model(self) -> Any:
-        name = serve.get_multiplexed_model_id()
-        return await self.load(name) if name and name != DEFAULT_MODEL else self.default
-
-    @serve.multiplexed(  # type: ignore[untyped-decorator]
-        max_num_models_per_replica=MODELS_PER_DETECTOR
-    )
-    async def load(self, name: str) -> Any:
-        """The model of that name."""
-        return await asyncio.get_running_loop().run_in_executor(self.device, self._load, name)
-
-    async def _look(self, model: Any, prepared: Sequence[Any]) -> list[Any]:
-        """Answers to what requests that wait together have prepared for the model."""
-        answers: list[Any] = await asyncio.get_running_loop().run_in_executor(self.device, model.look, prepared)
-        self.meter.batch(answers)
-        return answers
-
-    def _load(self, name: str) -> Any:
-        # Not at the top: it would have every process of the endpoint import torch.
-        from motor_ray.distributed.answering import Answerer
-
-        if name not in self.cards:  # while the endpoint changes over to other models
-            raise OutageError(f"This detector does not have the model {name!r} yet")
-        card = self.cards[name]
-        threads = self.settings.serve.detector_cpus or cores()
-        answerer = Answerer(card.uris, card.sha256, settings_from(card.settings), threads=threads)
-        answerer.warm_up()
-        return answerer
-
-
-async def _told(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """An answer, or in its place the error of ours that it ended with."""
-    try:
-        return await answer
-    except MotorRayError as error:
-        return {REFUSED: [type(error).__name__, str(error)]}
 
 
 class Ingress:
@@ -158,81 +57,12 @@ class Ingress:
         """What Ray Serve calls with each request."""
         from motor_ray.service.app import create_app
 
-        _log_as_serve()
+        log_as_serve()
         check_environment(self.settings.serve)
         jobs = Jobs(str(self.settings.serve.storage), self.settings.archive)
         # Here again, because the environment of a cluster's nodes need not be that of whoever deploys.
         keys = needed_keys(self.settings.serve)
         return create_app(self.detectors, self.cards, self.settings, keys, jobs, IngressMeter(), tells_id=False)
-
-
-class Detectors:
-    """The Backend of the web application: detectors wherever Ray Serve runs them."""
-
-    def __init__(self, detector: Handle, tomograms: Handle, *, several: bool, most: int) -> None:
-        self.asking, self.tomograms = Asking(detector, several=several, most=most), tomograms
-
-    async def look(self, image: bytes, ask: Ask) -> Picture:
-        """What is found on an image file."""
-        return await self.asking("picture", ask.model, image, ask.voxel_spacing_angstrom, ask.tta)
-
-    async def wake(self) -> None:
-        """Say that there is a new tomogram in the queue."""
-        self.tomograms.wake.remote()
-
-    def is_ready(self) -> bool:
-        """Until a request finds no detector, for Ray Serve lets nobody in before they have started."""
-        return not self.asking.lost
-
-
-class Asking:
-    """Puts questions to detectors: to another one if one dies, to those that have the model if there are several.
-
-    No more than `most` at a time.
-    """
-
-    def __init__(self, detector: Handle, *, several: bool, most: int) -> None:
-        self.detector, self.several, self.most, self.asked = detector, several, most, 0
-        self.handles: dict[str, Handle] = {}
-        self.lost = False
-
-    async def __call__(self, method: str, model: str, *arguments: Any) -> dict[str, Any]:
-        """What a detector answers. Raises BusyError, OutageError, or the error of ours that it answers with."""
-        if self.asked >= self.most:
-            raise BusyError("All detectors are busy, and enough images wait; try again")
-        self.asked += 1
-        try:
-            return await self._ask(method, model, *arguments)
-        finally:
-            self.asked -= 1
-
-    async def _ask(self, method: str, model: str, *arguments: Any) -> dict[str, Any]:
-        handle = self._handle(model)
-        for attempt in range(TRIES):
-            try:
-                answer: dict[str, Any] = await getattr(handle, method).remote(*arguments)
-            except BackPressureError:
-                raise BusyError("All detectors are busy, and enough images wait; try again") from None
-            except DeploymentUnavailableError:
-                self.lost = True
-                raise BusyError("No detector runs now; try again later") from None
-            except (RayActorError, AioRpcError) as error:  # the latter from Serve's own way to a process that is gone
-                log.warning("a detector was lost at work: %s", error)
-                await asyncio.sleep(0.1 * 2**attempt)
-                continue
-            self.lost = False
-            if REFUSED in answer:
-                kind, message = answer[REFUSED]
-                raise getattr(errors, kind)(message)
-            return answer
-        self.lost = True
-        raise OutageError(f"{TRIES} detectors in a row were lost while they were at it")
-
-    def _handle(self, model: str) -> Handle:
-        if model not in self.handles:
-            chosen = self.detector.options(multiplexed_model_id=model) if self.several else self.detector
-            self.handles[model] = chosen
-        return self.handles[model]
 
 
 class Tomograms:
@@ -243,7 +73,7 @@ class Tomograms:
     ) -> None:
         from motor_ray.distributed.tomograms import TomogramDesk
 
-        _log_as_serve()
+        log_as_serve()
         service = ServiceSettings.model_validate(settings)
         jobs = Jobs(str(service.serve.storage), service.archive)
         models = {name: settings_from(ModelCard(*card).settings) for name, card in cards.items()}
@@ -268,22 +98,6 @@ class Tomograms:
             self.work.result()
 
 
-def check_environment(limits: ServeSettings) -> None:
-    """Raises ConfigError if https was asked for where it would not come about; warns of what was not set for Ray."""
-    if limits.ssl_certfile and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        raise ConfigError("serve.ssl_certfile: HAProxy cannot do https; start Ray without RAY_SERVE_ENABLE_HA_PROXY")
-    missing = [f"{name}={value}" for name, value in variables(limits).items() if os.environ.get(name) != value]
-    if missing:
-        log.warning("Ray was started without %s: large bodies may pile up in memory", ", ".join(missing))
-
-
-def _log_as_serve() -> None:
-    """Our messages go where Ray Serve's go, in its format; it takes those of its own loggers only."""
-    ours = logging.getLogger("motor_ray")
-    ours.parent = logging.getLogger("ray.serve")
-    ours.setLevel(logging.INFO)
-
-
 class IngressMeter:
     """Figures of requests, for Prometheus."""
 
@@ -304,28 +118,6 @@ class IngressMeter:
         """So many motors were found on an image."""
         if number:
             self.found.inc(number)
-
-
-class DetectorMeter:
-    """Figures of detectors, for Prometheus."""
-
-    def __init__(self) -> None:
-        from ray.util.metrics import Histogram
-
-        bounds = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-        self.sizes = Histogram("motor_ray_batch_requests", "Requests looked at together", [1, 2, 4, 8, 16, 32, 64])
-        self.parts = {
-            part: Histogram(f"motor_ray_{part}_seconds", f"Seconds of a request's part: {part}", bounds)
-            for part in ("prepare", "queue", "model")
-        }
-
-    def batch(self, answers: Any) -> None:
-        """These answers came of one batch."""
-        answers = list(answers)
-        self.sizes.observe(len(answers))
-        for part, histogram in self.parts.items():
-            for answer in answers:
-                histogram.observe(max(answer.seconds[part], 1e-9))
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
