@@ -15,7 +15,7 @@ KINDS: dict[Role, tuple[str, str, str]] = {
     "peer": ("other detectors", VERMILION, "s"),
     "seed": ("seed's model", BLACK, "D"),
     "single": ("+ one part, or all", BLUE, "o"),
-    "more data": ("+ unlabelled tomograms", SKY, "P"),
+    "more data": ("+ further tomograms", SKY, "P"),
     "light": ("light", GREEN, "v"),
     "ensemble": ("ensembles", PURPLE, "^"),
 }
@@ -33,7 +33,7 @@ def accuracy_figure(uri: str, lines: Sequence[Line]) -> None:
     """
     figure = Figure(figsize=(8.6, 5.4), layout="constrained")
     axis = figure.subplots()
-    shown = [line for line in lines if line.milliseconds and line.scores["f2"]]
+    shown = [line for line in lines if line.milliseconds and line.score("f2")]
     for role, (title, colour, mark) in KINDS.items():
         own = [line for line in shown if line.role == role]
         if own:
@@ -45,8 +45,8 @@ def accuracy_figure(uri: str, lines: Sequence[Line]) -> None:
 
 
 def _points(axis: Axes, lines: Sequence[Line], title: str, colour: str, mark: str) -> None:
-    means = [one.mean for line in lines if (one := line.scores["f2"])]
-    deviations = [one.deviation or 0.0 for line in lines if (one := line.scores["f2"])]
+    means = [one.mean for line in lines if (one := line.score("f2"))]
+    deviations = [one.deviation or 0.0 for line in lines if (one := line.score("f2"))]
     times = [line.milliseconds or np.nan for line in lines]
     axis.errorbar(
         times, means, deviations, fmt=mark, color=colour, markersize=7, elinewidth=1, capsize=2, alpha=0.9, label=title

@@ -62,13 +62,12 @@ def models_of(job: Job) -> list[str]:
     return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))
 
 
-def looking_of(job: Job, *, precise: bool | None = None) -> Looking:
-    """The trained detector of a row at work, on one thread; a peer in float32 if `precise`, or if it must be."""
+def looking_of(job: Job) -> Looking:
+    """The trained detector of a row at work, on one thread; a peer in float32 if its boxes suffer otherwise."""
     detect = job.settings.detect
     if job.row.training in PEERS:
         peer = load_peer(job.row.training, job.settings, job.folder)
-        precise = not peer.narrow_is_exact if precise is None else precise
-        return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=precise)
+        return PeerLooker(peer, job.settings, threshold=detect.score_threshold, precise=not peer.narrow_is_exact)
     return Looker(models_of(job), detect, threads=1, compiled="off")
 
 

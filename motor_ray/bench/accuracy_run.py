@@ -22,7 +22,14 @@ from motor_ray.bench.accuracy_archives import Archive, archive
 from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of
 from motor_ray.bench.accuracy_peers import PeerTrainee
 from motor_ray.bench.accuracy_rows import PEERS, key_of
-from motor_ray.bench.accuracy_scores import best_table, learn_rescoring, look_over, scores_of, with_threshold
+from motor_ray.bench.accuracy_scores import (
+    average_precisions,
+    best_table,
+    learn_rescoring,
+    look_over,
+    scores_of,
+    with_threshold,
+)
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
@@ -54,7 +61,10 @@ def run_row(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "simulated": True,
         "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
-        "validation": {"f2": validation_f2(runs[0], validation)},
+        "validation": {
+            "f2": validation_f2(runs[0], validation),
+            "mAP@0.5": average_precisions(runs[0], validation.labels)["mAP@0.5"],
+        },
         "parameters": parameters_of(job),
         "training_images": images + sum(need.result["training_images"] for need in job.needs if need.result),
         "train_cpu_seconds": round(trained - started, 1),
@@ -122,20 +132,13 @@ def trainee_of(job: Job, data: Data, settings: RunSettings) -> Trainee:
 def measure_speed(jobs: Sequence[Job]) -> dict[str, Any]:
     """Milliseconds per slice of the trained detectors of `jobs`, on one thread, in turn.
 
-    A peer counts with the faster of float32 and bfloat16.
+    Each computes as it did when it was scored.
     """
     calls: dict[str, Callable[[], object]] = {}
     for job in jobs:
-        image = test_image(job)
-        ways = (True, False) if job.row.training in PEERS else (True,)
-        for precise in ways:
-            look = looking_of(job, precise=precise)
-            calls[f"{job.name} {precise}"] = lambda look=look, image=image: look(image)  # type: ignore[misc]
-    seconds = time_in_turn(calls, RUNS)
-    milliseconds: dict[str, float] = {}
-    for name, value in seconds.items():
-        row = name.split()[0]
-        milliseconds[row] = round(min(1000 * value, milliseconds.get(row, np.inf)), 3)
+        image, look = test_image(job), looking_of(job)
+        calls[job.name] = lambda look=look, image=image: look(image)  # type: ignore[misc]
+    milliseconds = {name: round(1000 * seconds, 3) for name, seconds in time_in_turn(calls, RUNS).items()}
     return {"milliseconds": milliseconds, "machine": machine(torch.device("cpu"))}
 
 

@@ -1,6 +1,6 @@
 """The accuracy benchmark's results as a table: means over seeds, what they say about what was asked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from motor_ray.bench.accuracy_rows import ROWS, Role
@@ -25,6 +25,9 @@ SCORES = {
 
 DECIMALS = {"localisation_error_angstrom": 0, "false_positives_at_recall": 2}
 
+LEAST_NOISE = 0.001
+"""Seeds that agree by chance make no difference endless."""
+
 SINGLE: tuple[Role, ...] = ("seed", "single", "light")
 
 WANTED: Wanted = {
@@ -45,47 +48,52 @@ class Line(NamedTuple):
     """A row of the table."""
 
     name: str
-    seeds: list[int]
-    scores: dict[str, Estimate | None]
-    validation_f2: Estimate | None
-    """By which the best of our rows is chosen; the test has no say in it."""
+    results: Mapping[int, Result]
+    """By seed."""
 
     milliseconds: float | None
-    parameters: int
-    training_images: int
 
     @property
     def role(self) -> Role:
         """What kind of contestant it is."""
         return ROWS[self.name].role
 
+    @property
+    def seeds(self) -> list[int]:
+        """In order."""
+        return sorted(self.results)
+
+    def score(self, name: str) -> Estimate | None:
+        """Mean and deviation over seeds; a score that is not defined for a seed is left out.
+
+        But false alarms at a recall that one seed does not reach are not defined for the row, or it would pass for
+        better.
+        """
+        values = [result["scores"][name] for result in self.results.values()]
+        return None if name == "false_positives_at_recall" and None in values else estimate(values)
+
+    def rank(self) -> tuple[float, float]:
+        """By which the best of our rows is chosen: F2 and mAP on validation, for the test has no say in it."""
+        validation = [result["validation"] for result in self.results.values()]
+        f2, precision = (estimate(one[name] for one in validation) for name in ("f2", "mAP@0.5"))
+        return f2.mean if f2 else 0.0, precision.mean if precision else 0.0
+
+    def over(self, seeds: Iterable[int]) -> "Line":
+        """Of these seeds alone."""
+        return self._replace(results={seed: self.results[seed] for seed in seeds})
+
+    def any_result(self) -> Result:
+        """For what is the same with all seeds."""
+        return next(iter(self.results.values()))
+
 
 def lines_of(results: Sequence[Result], milliseconds: Mapping[str, float]) -> list[Line]:
     """A line for each row that has results, in the order of ROWS."""
     return [
-        line_of(name, own, milliseconds.get(name))
+        Line(name, own, milliseconds.get(name))
         for name in ROWS
-        if (own := [result for result in results if result["row"] == name])
+        if (own := {result["seed"]: result for result in results if result["row"] == name})
     ]
-
-
-def line_of(name: str, results: Sequence[Result], milliseconds: float | None) -> Line:
-    """The line of a row from the results of its seeds. A score that is not defined for a seed is left out.
-
-    But false alarms at a recall that one seed does not reach are not defined for the row, or it would pass for better.
-    """
-    scores = {score: estimate(result["scores"][score] for result in results) for score in SCORES}
-    if any(result["scores"]["false_positives_at_recall"] is None for result in results):
-        scores["false_positives_at_recall"] = None
-    return Line(
-        name,
-        sorted(result["seed"] for result in results),
-        scores,
-        estimate(result["validation"]["f2"] for result in results),
-        milliseconds,
-        results[0]["parameters"],
-        results[0]["training_images"],
-    )
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -98,13 +106,14 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 NOTES = (
-    "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, from random weights, but "
-    "for those with more images, which saw tomograms without labels, too.",
+    "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, from random weights. But "
+    "those with a self-supervised start or pseudo-labels also saw tomograms without labels, and re-scoring learned "
+    "from the validation tomograms.",
     "mAP on the test's slices that show a motor and as many that clearly show none. F2, P and R on whole tomograms, "
     "by the official metric, at the threshold that was best on validation tomograms. False positives: motors found in "
     "each motor-free tomogram at the threshold with recall 0.9, if every seed gets there. Images: frames that training "
-    "went through. Time: one thread, in turn in one process; ours as detection runs them, a peer's as it comes, in the "
-    "faster of float32 and bfloat16.",
+    "went through, those of all models that answer. Time: one thread, in turn in one process, as when it was "
+    "scored: ours as detection runs them, RetinaNet and FCOS with their networks in bfloat16, YOLO fused.",
 )
 
 
@@ -113,11 +122,11 @@ def cells_of(line: Line, seed_milliseconds: float | None) -> list[str]:
     spent, ratio = line.milliseconds, times(line.milliseconds, seed_milliseconds)
     return [
         ROWS[line.name].title,
-        *(cell(line.scores[name], DECIMALS.get(name, 3)) for name in SCORES),
+        *(cell(line.score(name), DECIMALS.get(name, 3)) for name in SCORES),
         "-" if spent is None else f"{spent:.1f}",
         "-" if ratio is None else f"{ratio:.2f}",
-        f"{line.parameters / 1e6:.1f} M",
-        f"{line.training_images:,}",
+        f"{line.any_result()['parameters'] / 1e6:.1f} M",
+        f"{line.any_result()['training_images']:,}",
         str(len(line.seeds)),
     ]
 
@@ -131,44 +140,72 @@ def cell(one: Estimate | None, decimals: int) -> str:
 
 
 def requirements(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
-    """What is asked, as far as the rows that are done say something about it; what cannot be told is not met."""
+    """What is asked, as far as the rows that are done say something about it; what cannot be told is not met.
+
+    Rows are compared over the seeds that both have, and with peers only if all peers are done.
+    """
     single, ensemble = best(lines, SINGLE), best(lines, ("ensemble",))
     seed, light = (next((line for line in lines if line.name == name), None) for name in ("seed-101", "light"))
     peers = [line for line in lines if line.role == "peer"]
-    figures: dict[str, float | None] = {}
-    if single and peers:
-        figures["single_over_peers_f2"] = margin(single, peers, "f2")
-        figures["single_over_peers_map"] = margin(single, peers, "mAP@0.5")
+    said: dict[str, Said] = {}
+    if single and len(peers) == sum(row.role == "peer" for row in ROWS.values()):
+        said["single_over_peers_f2"] = over_peers(single, peers, "f2")
+        said["single_over_peers_map"] = over_peers(single, peers, "mAP@0.5")
     if single and ensemble:
-        figures["ensemble_gain"] = mean(ensemble, "f2") / mean(single, "f2") - 1 if mean(single, "f2") else None
+        said["ensemble_gain"] = compare(ensemble, single, lambda one, other: one / other - 1 if other else None)
     if seed and light:
-        figures["light_f2"] = mean(light, "f2") - mean(seed, "f2")
-        figures["light_time"] = times(light.milliseconds, seed.milliseconds)
+        said["light_f2"] = compare(light, seed, lambda one, other: one - other)
+        said["light_time"] = Said(times(light.milliseconds, seed.milliseconds), said["light_f2"].of)
     if single:
-        alarms = single.scores["false_positives_at_recall"]
-        figures["false_positives"] = alarms.mean if alarms else None
-    judged = judge({name: figure for name, figure in figures.items() if figure is not None}, WANTED)
-    return judged | {name: untold(name) for name, figure in figures.items() if figure is None}
+        alarms = single.score("false_positives_at_recall")
+        said["false_positives"] = Said(alarms.mean if alarms else None, named(single))
+    return {name: verdict(name, one) for name, one in said.items()}
 
 
-def untold(name: str) -> dict[str, Any]:
-    """A requirement that is not met because its figure is not defined."""
+class Said(NamedTuple):
+    """A figure, None if it is not defined, and of whom."""
+
+    figure: float | None
+    of: str
+
+
+def verdict(name: str, said: Said) -> dict[str, Any]:
+    """Whether a figure is as wanted; one that is not defined is not."""
+    if said.figure is not None:
+        return judge({name: said.figure}, WANTED)[name] | {"of": said.of}
     relation, limit, meaning = WANTED[name]
-    return {"figure": None, "wanted": f"{relation} {limit:g}", "ok": False, "meaning": meaning}
+    return {"figure": None, "wanted": f"{relation} {limit:g}", "ok": False, "meaning": meaning, "of": said.of}
 
 
 def best(lines: Iterable[Line], roles: Sequence[Role]) -> Line | None:
-    """Of the lines with these roles that with the highest F2 on validation; of equals the first one."""
-    own = [line for line in lines if line.role in roles and line.validation_f2]
-    return max(own, key=lambda line: line.validation_f2.mean if line.validation_f2 else 0.0, default=None)
+    """Of the lines with these roles the one of the highest rank; of equals the first one."""
+    return max((line for line in lines if line.role in roles), key=Line.rank, default=None)
 
 
-def margin(single: Line, peers: Sequence[Line], score: str) -> float | None:
+def over_peers(single: Line, peers: Sequence[Line], score: str) -> Said:
     """By how many deviations over seeds, the larger of the two, a line is above the best peer; None for one seed."""
+    seeds = set(single.seeds).intersection(*(peer.seeds for peer in peers))
+    if len(seeds) < 2:
+        return Said(None, f"{named(single)}: fewer than two seeds of it and of all peers")
+    single, *peers = (line.over(seeds) for line in (single, *peers))
     peer = max(peers, key=lambda line: mean(line, score))
-    deviations = [one.deviation for line in (single, peer) if (one := line.scores[score]) and one.deviation is not None]
-    noise = max(deviations, default=0.0)
-    return (mean(single, score) - mean(peer, score)) / noise if noise else None
+    deviations = [one.deviation for line in (single, peer) if (one := line.score(score)) and one.deviation is not None]
+    noise = max([LEAST_NOISE, *deviations])
+    return Said((mean(single, score) - mean(peer, score)) / noise, f"{named(single)} and {named(peer)}")
+
+
+def compare(one: Line, other: Line, how: Callable[[float, float], float | None]) -> Said:
+    """What `how` says of the F2 of two lines over the seeds of both."""
+    seeds = set(one.seeds) & set(other.seeds)
+    if not seeds:
+        return Said(None, f"{named(one)} and {named(other)}: no seed of both")
+    one, other = one.over(seeds), other.over(seeds)
+    return Said(how(mean(one, "f2"), mean(other, "f2")), f"{named(one)} and {named(other)}")
+
+
+def named(line: Line) -> str:
+    """For people."""
+    return f"{ROWS[line.name].title} (seeds {', '.join(map(str, line.seeds))})"
 
 
 def times(one: float | None, other: float | None) -> float | None:
@@ -178,11 +215,20 @@ def times(one: float | None, other: float | None) -> float | None:
 
 def mean(line: Line, score: str) -> float:
     """Of a score over seeds; 0 where it is not defined."""
-    one = line.scores[score]
+    one = line.score(score)
     return one.mean if one else 0.0
 
 
 def as_json(line: Line) -> dict[str, Any]:
     """A line for programs."""
-    scores = {name: one and one._asdict() for name, one in line.scores.items()}
-    return line._asdict() | {"scores": scores, "validation_f2": line.validation_f2 and line.validation_f2._asdict()}
+    scores = {name: line.score(name) for name in SCORES}
+    f2, precision = line.rank()
+    return {
+        "name": line.name,
+        "seeds": line.seeds,
+        "scores": {name: one and one._asdict() for name, one in scores.items()},
+        "validation": {"f2": f2, "mAP@0.5": precision},
+        "milliseconds": line.milliseconds,
+        "parameters": line.any_result()["parameters"],
+        "training_images": line.any_result()["training_images"],
+    }
