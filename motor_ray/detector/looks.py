@@ -80,19 +80,26 @@ class Looker:
         """
         frames, *switched = torch.split(images.to(self.device), self.channels, dim=1)
         views = [(view, view.forward(frames, *switched, stride=self.stride)) for view in VIEWS[tta]]
-        said: list[Prediction] = []
+        said: list[list[Prediction]] = []
         cells: torch.Tensor | None = None
         for network in self.networks:
-            # Levels are merged last: a merged peak of a coarse cell stands in one of its fine cells, in mirrored views
-            # in another one, and the mean of both would be lower than either.
             levels: list[list[Prediction]] = []
             for view, shown in views:
                 seen = network.seen(shown)
                 levels.append([view.inverse(level) for level in seen.levels])
                 cells = seen.features if cells is None else cells  # large, so the others are let go of at once
-            said.append(merged([average(same, self.settings.ensemble) for same in zip(*levels, strict=True)]))
+            said.append(self._averaged(levels))
         assert cells is not None
-        return average(said, self.settings.ensemble), cells
+        # Levels are merged last: a merged peak of a coarse cell stands in one of its fine cells, in a mirrored view in
+        # another one, and the mean of both would be lower than either.
+        if len({len(levels) for levels in said}) == 1:
+            return merged(self._averaged(said)), cells
+        # Of networks with different levels no two maps mean the same, so that this must be borne.
+        return average([merged(levels) for levels in said], self.settings.ensemble), cells
+
+    def _averaged(self, several: list[list[Prediction]]) -> list[Prediction]:
+        """Level by level."""
+        return [average(same, self.settings.ensemble) for same in zip(*several, strict=True)]
 
     def _prepared(self, model: str, *, features: bool = False) -> Predictor:
         detector = load_checkpoint(model)

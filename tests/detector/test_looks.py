@@ -112,6 +112,24 @@ def test_a_network_that_turns_along_says_the_same_with_augmentation(saved: Calla
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
+def test_networks_that_agree_are_as_sure_together_as_each_alone(saved: Callable[..., str], levels: int) -> None:
+    look = looker(saved())
+    alone, together = TurnsAlong(levels), [TurnsAlong(levels), TurnsAlong(levels)]
+    look.networks = [alone]  # type: ignore[list-item]
+    one = look(pictures(), "fast")
+    look.networks = together  # type: ignore[assignment]
+    assert_same(look(pictures(), "fast"), one, within=1e-4)
+
+
+def test_networks_with_different_levels_answer_together(saved: Callable[..., str]) -> None:
+    look = looker([saved(1), saved(2, levels=2)])
+    frames = torch.tensor(pictures())
+    together = look.see(frames, "off")[0].heatmap.sigmoid()
+    alone = [looker(saved(seed, levels=seed)).see(frames, "off")[0].heatmap.sigmoid() for seed in (1, 2)]
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
 def test_frames_must_be_whole_cells_of_the_coarsest_level_to_be_mirrored(
     saved: Callable[..., str], levels: int
 ) -> None:
