@@ -405,6 +405,11 @@ class DetectSettings(Settings):
         """Versions of each frame that the network needs: 2 are with CLAHE and without."""
         return 2 if self.tta == "full" else 1
 
+    @property
+    def longest_slab(self) -> int:
+        """Slices of a slab at most: fewer than `slab_slices` where each has two versions, so that a row weighs the same."""
+        return max(self.slab_slices // self.contrasts, 1)
+
 
 class LinkSettings(Settings):
     """From boxes on slices to motors in three dimensions."""

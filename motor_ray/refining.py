@@ -3,6 +3,7 @@
 Joins the detector's files, runs and labels, which know nothing of one another.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from motor_ray.motors.metrics import average_precision, best_motors, count_tomog
 from motor_ray.motors.neighbourhood import Neighbourhoods, neighbourhoods, stacked
 from motor_ray.motors.reliability import reliability_figure
 from motor_ray.results import Row, finished_run, run_settings
-from motor_ray.storage import join, read_table, write_json
+from motor_ray.storage import exists, join, read_table, remove, write_bytes, write_json
 
 
 def calibrate_run(
@@ -55,7 +56,7 @@ def calibrate_run(
     origin = origin_of(run_settings(detections), run["model_sha256"], run.get("rescorer_sha256"))
     best = labelled_answers(detections, labels)
     if model and origin.rescorer_sha256:
-        check_not_learned_from(detections, model, origin.rescorer_sha256, best["tomo_id"])
+        check_head(detections, model, origin.rescorer_sha256, best["tomo_id"])
     learned = calibrate(
         best,
         method,
@@ -88,11 +89,16 @@ def check_model(detections: str, run: Row, model: str | None) -> None:
         )
 
 
-def check_not_learned_from(detections: str, model: str, rescorer_sha256: str, tomo_ids: pd.Series) -> None:
-    """Raises RunError if the head with that hash, in the checkpoint `model`, learned from one of these tomograms."""
+def check_head(detections: str, model: str, rescorer_sha256: str, tomo_ids: pd.Series) -> None:
+    """Raises RunError if the head with that hash is not in the checkpoint `model`, or learned from these tomograms."""
     from motor_ray.detector.rescore import learned_from  # torch takes 3 s to import
 
-    known = tomo_ids[tomo_ids.isin(learned_from(model))] if rescorer_hash(model) == rescorer_sha256 else tomo_ids[:0]
+    if rescorer_hash(model) != rescorer_sha256:
+        raise RunError(
+            f"{detections}: its motors were judged by another head than {model} has now; give its motor-ray detect "
+            "command again, which judges them anew, and then calibrate"
+        )
+    known = tomo_ids[tomo_ids.isin(learned_from(model))]
     if len(known):
         raise RunError(
             f"{detections}: the scores of {len(known)} tomograms, such as {known.iloc[0]}, are by a head that learned "
@@ -144,7 +150,7 @@ def rescore_run(
     Raises RunError if there is no finished run with features, or if it is another model's; MetricError if a tomogram is
     not labelled, or if too few tomograms have candidates of either kind.
     """
-    from motor_ray.detector.rescore import save_rescorer, train_rescorer  # torch takes 3 s to import
+    from motor_ray.detector.rescore import rescorer_file, train_rescorer  # torch takes 3 s to import
 
     run = finished_run(detections)
     check_model(detections, run, model)
@@ -162,12 +168,15 @@ def rescore_run(
     if not (better or force):
         return {"written": None, "better": better, **told}
     head = train_rescorer(*there.around, there.is_motor, seed=seed)
-    save_rescorer(model, head, run["model_sha256"], told, there.truth_tomograms["tomo_id"])
+    data = rescorer_file(head, run["model_sha256"], told, there.truth_tomograms["tomo_id"])
+    origin = origin_of(run_settings(detections), run["model_sha256"], hashlib.sha256(data).hexdigest())
     best = best_motors(there.motors.assign(score=judged), there.truth_motors, there.truth_tomograms)
-    if not best["has_motor"].all():
-        origin = origin_of(run_settings(detections), run["model_sha256"], rescorer_hash(model))
-        learned = calibrate(best, "fitted", settings.radius_angstrom, origin=origin)
+    learned = None if best["has_motor"].all() else calibrate(best, "fitted", settings.radius_angstrom, origin=origin)
+    write_bytes(join(model, RESCORER), data)
+    if learned:
         write_json(join(model, RESCORED_CALIBRATION), learned.model_dump(mode="json"))
+    elif exists(join(model, RESCORED_CALIBRATION)):  # another head's
+        remove(join(model, RESCORED_CALIBRATION))
     return {"written": join(model, RESCORER), "better": better, **told}
 
 

@@ -303,6 +303,8 @@ def test_a_head_is_calibrated_on_other_tomograms_than_it_learned_from(tmp_path: 
     rescorer, before = rescorer_hash(model), kept_of(model)
     with pytest.raises(RunError, match="14 tomograms, such as with0, are by a head that learned from these very"):
         learn(make_run(tmp_path / "same", sha256, rescorer_sha256=rescorer), model)
+    with pytest.raises(RunError, match=r"judged by another head than .* has now; give its motor-ray detect"):
+        learn(make_run(tmp_path / "before", sha256, rescorer_sha256="x" * 64), model)
     assert kept_of(model) == before
     others = {f"{name}-2": score for name, score in SCORES.items()}
     told = learn(make_run(tmp_path / "others", sha256, others, rescorer_sha256=rescorer), model, labels_of([*others]))
@@ -313,10 +315,13 @@ def test_a_head_is_calibrated_on_other_tomograms_than_it_learned_from(tmp_path: 
 
 
 def test_a_head_that_only_saw_tomograms_with_motors_comes_without_calibration(tmp_path: Path, model: str) -> None:
+    sha256 = describe_checkpoint(model).sha256
+    rescore(make_seen_run(tmp_path / "all", sha256), model)
     names = [name for name in SCORES if "without" not in name]
-    rescore(make_seen_run(tmp_path / "seen", describe_checkpoint(model).sha256, names=names), model, labels_of(names))
-    assert rescorer_hash(model)
-    assert kept_of(model) is None
+    before = rescorer_hash(model)
+    rescore(make_seen_run(tmp_path / "seen", sha256, names=names), model, labels_of(names))
+    assert rescorer_hash(model) not in (None, before)
+    assert not Path(model, RESCORED_CALIBRATION).exists()
 
 
 def test_folds_hold_whole_tomograms_and_motors_each() -> None:

@@ -104,7 +104,11 @@ def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
     labels = _labels(_parse(cells, uri), uri)
     if GUESSED not in cells.columns:
         return labels
-    return replace(labels, guessed=frozenset(cells.loc[cells[GUESSED] == "True", "tomo_id"]))
+    said = cells[GUESSED].str.strip().str.lower()  # spreadsheets write TRUE
+    if (wrong := ~said.isin(["true", "false"])).any():
+        value = cells.loc[wrong, GUESSED].iloc[0]
+        raise LabelsError(f"{uri}: {_rows(wrong)} has {value!r} in '{GUESSED}', expected True or False")
+    return replace(labels, guessed=frozenset(cells.loc[said == "true", "tomo_id"]))
 
 
 def write_labels(labels: Labels, path: str) -> None:

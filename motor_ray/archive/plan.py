@@ -53,7 +53,7 @@ def first_look(manifest: pa.Table, settings: RunSettings) -> Iterator[pa.Table]:
     for piece in pieces(manifest):
         rows = piece.to_pylist()
         zs = {row["tomo_id"]: looks(row["size_z"], z_stride(row["voxel_spacing_angstrom"], settings)) for row in rows}
-        yield make_plan(rows, zs, settings.detect.slab_slices)
+        yield make_plan(rows, zs, settings.detect.longest_slab)
 
 
 def make_plan(tomograms: Iterable[Row], zs: Mapping[str, Sequence[int]], slab_slices: int) -> pa.Table:

@@ -56,7 +56,7 @@ def look_over(
     Motors have scores by `rescore`, if it is given. Raises UnfinishedError if a slice could not be looked at.
     """
     rows = archive.manifest.to_pylist()
-    plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.slab_slices)
+    plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.longest_slab)
     load, score = LoadSlab(settings, contrasts=settings.detect.contrasts), Scorer(settings, look)
     slabs = pa.concat_tables([score(load(plan.slice(place, 1))) for place in range(len(plan))])
     statuses = set(slabs["slices"].combine_chunks().flatten().field("status").to_pylist())

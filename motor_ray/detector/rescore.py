@@ -101,17 +101,14 @@ def train_rescorer(along_z: Floats, geometry: Floats, is_motor: NDArray[np.bool_
     return model.eval()
 
 
-def save_rescorer(
-    checkpoint: str, model: Rescorer, model_sha256: str, metrics: Mapping[str, Any], tomograms: Iterable[str]
-) -> None:
-    """Write `model` into the directory of the `checkpoint` with that hash, and what it learned from and measured."""
+def rescorer_file(model: Rescorer, model_sha256: str, metrics: Mapping[str, Any], tomograms: Iterable[str]) -> bytes:
+    """The file of a head, for a checkpoint with that hash, which also says what it learned from and measured."""
     about = {
         "model_sha256": model_sha256,
         "metrics": json.dumps(metrics),
         "tomograms": json.dumps(sorted(tomograms)),
     }
-    data = safetensors.torch.save(model.state_dict(), about)
-    storage.write_bytes(storage.join(checkpoint, RESCORER), data)
+    return safetensors.torch.save(model.state_dict(), about)
 
 
 def load_rescorer(checkpoint: str, model_sha256: str, numbers: tuple[int, int]) -> Rescorer:

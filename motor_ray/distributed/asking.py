@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
 from typing import Any
 
 from grpc.aio import AioRpcError
@@ -11,7 +10,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from motor_ray import errors
-from motor_ray.errors import BusyError, MotorRayError, OutageError
+from motor_ray.errors import BusyError, OutageError
 from motor_ray.service.backend import Ask, Picture
 
 TRIES = 4
@@ -23,14 +22,6 @@ REFUSED = "refused"
 Handle = DeploymentHandle[Any]
 
 log = logging.getLogger(__name__)
-
-
-async def told(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """An answer, or in its place the error of ours that it ended with."""
-    try:
-        return await answer
-    except MotorRayError as error:
-        return {REFUSED: [type(error).__name__, str(error)]}
 
 
 class Detectors:

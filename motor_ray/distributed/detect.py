@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 LOOKS = {"first look": "plan.parquet", "second look": "second_look.parquet"}
 """The passes over an archive, and the files of their plans."""
 
+LINKING = "linking"
+"""Status of a run that has looked at everything, and whose motors are judged anew."""
+
 COMPILE_PAYS_AFTER = 600
 """720 x 720 frames per scorer after which torch.compile has earned back the half minute it takes, on two CPU cores:
 `motor-ray bench model` measured 0.08 s saved a frame."""
@@ -73,7 +76,7 @@ def detect(manifest: pa.Table, unusable: pa.Table, model: Models, out: str, sett
     there = run_at(out, run)
     if there.get("status") == "done" and there.get("rescorer_sha256") == learned.rescorer_sha256:
         return finished(out, there, learned.calibration)
-    if there.get("status") == "done":
+    if there.get("status") in ("done", LINKING):
         return linked_again(out, there, manifest, settings, unusable, learned)
     started = time.monotonic()
     run["looks"] = there.get("looks", {})
@@ -163,11 +166,12 @@ def linked_again(
 ) -> dict[str, Any]:
     """The run.json of a run that is done once its candidates are judged as its model has learned to since.
 
-    It stays done all the while: killed on the way, it is linked again the next time. Nobody looks at a slice.
+    Nobody looks at a slice. Killed on the way, it is linked again the next time, and counts as unfinished till then.
     """
     with alone(out), storage_watched(out):
+        write_json(join(out, "run.json"), there | {"status": LINKING})
         counts = gather(out, plans_of(out), manifest, settings, unusable, learned.rescore)
-        result = there | learned.told() | {"counts": counts}
+        result = there | learned.told() | {"status": "done", "counts": counts}
         write_json(join(out, "run.json"), result)
     log.info("%s: this run is finished already; its motors were linked again, for its model judges them anew", out)
     return result
@@ -222,7 +226,7 @@ class Job:
             rows = tomograms.to_pylist()
             sizes = {row["tomo_id"]: row["size_z"] for row in rows}
             strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], self.settings) for row in rows}
-            yield make_plan(rows, second_look(slabs, sizes, strides, detect), detect.slab_slices)
+            yield make_plan(rows, second_look(slabs, sizes, strides, detect), detect.longest_slab)
 
     def _pools(self) -> Pools:
         """Actors for what the cluster is now; how many loaders a scorer needs is known from the second look on."""

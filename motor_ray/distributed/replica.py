@@ -1,17 +1,17 @@
 """A detector of the endpoint: one of the processes that Ray Serve starts and ends as there is work."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
 
 from motor_ray.config import Augmentation, settings_from
-from motor_ray.distributed.asking import told
+from motor_ray.distributed.asking import REFUSED
 from motor_ray.distributed.batches import Batches
 from motor_ray.distributed.serve_environment import log_as_serve
-from motor_ray.errors import OutageError
+from motor_ray.errors import MotorRayError, OutageError
 from motor_ray.machine import cores
 from motor_ray.service.backend import ModelCard
 from motor_ray.service.settings import DEFAULT_MODEL, ServiceSettings
@@ -39,11 +39,11 @@ class Detector:
 
     async def picture(self, image: bytes, spacing: float | None, tta: Augmentation | None = None) -> dict[str, Any]:
         """What is found on an image file."""
-        return await told(self._picture(image, spacing, tta))
+        return await answer_or_refusal(self._picture(image, spacing, tta))
 
     async def slab(self, plan: dict[str, Any]) -> dict[str, Any]:
         """What is found on the slices of a PLAN row: a SLABS row, and the model's hash."""
-        return await told(self._slab(plan))
+        return await answer_or_refusal(self._slab(plan))
 
     async def _picture(self, image: bytes, spacing: float | None, tta: Augmentation | None) -> dict[str, Any]:
         from motor_ray.distributed.answering import picture_of
@@ -91,6 +91,14 @@ class Detector:
         answerer = Answerer(card.uris, card.sha256, settings_from(card.settings), threads=threads)
         answerer.warm_up()
         return answerer
+
+
+async def answer_or_refusal(answer: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """An answer, or in its place the error of ours that it ended with."""
+    try:
+        return await answer
+    except MotorRayError as error:
+        return {REFUSED: [type(error).__name__, str(error)]}
 
 
 class DetectorMeter:

@@ -1,4 +1,4 @@
-"""What Ray Serve is told by environment variables, which it reads when it is imported: so this comes before that."""
+"""Around Ray Serve: environment variables, which it reads when it is imported, so this comes before; and its log."""
 
 import logging
 import os

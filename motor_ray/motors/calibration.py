@@ -21,6 +21,17 @@ Method = Literal["fixed", "quantile", "fitted"]
 log = logging.getLogger(__name__)
 
 
+BEARING_ON_SCORES = (
+    "detect.tta",
+    "detect.score_threshold",  # a slice without a detection counts 0
+    "detect.exhaustive",  # a motor that is faint on all its slices may be missed from afar
+    "detect.z_stride",
+    "detect.candidate_score",
+    "link.",
+)
+"""Beginnings of the settings that change the scores of motors."""
+
+
 class Origin(NamedTuple):
     """What scores of tomograms come from."""
 
@@ -30,14 +41,15 @@ class Origin(NamedTuple):
     """Of the head that judged the model's candidates, if one did."""
 
     settings: dict[str, Any]
-    """By their whole names, those that change what this model scores."""
+    """By their whole names, those that change the scores of a model's motors the most."""
 
 
 def origin_of(settings: RunSettings, model_sha256: str, rescorer_sha256: str | None = None) -> Origin:
     """The origin of the scores of a model at work with these settings."""
     every = flat(settings.model_dump(mode="json"))
-    names = ("detect.tta", "detect.ensemble", "link.")
-    return Origin(model_sha256, rescorer_sha256, {name: every[name] for name in every if name.startswith(names)})
+    return Origin(
+        model_sha256, rescorer_sha256, {name: every[name] for name in every if name.startswith(BEARING_ON_SCORES)}
+    )
 
 
 class Calibration(Settings):

@@ -180,10 +180,10 @@ class Model(Reply):
     """Score from which a motor counts, if one has to decide."""
 
     box_pixels: float
-    """Edge of the boxes that the model was taught, in pixels of its frames; unless"""
+    """Edge of the boxes that the model was taught, in pixels of its frames, unless `box_angstrom` is given."""
 
     box_angstrom: float | None
-    """is given: then it is this in the specimen."""
+    """Edge of these boxes in the specimen, if it was the same in all tomograms."""
 
     members: list[Member]
     """The checkpoints that answer together; mostly one."""

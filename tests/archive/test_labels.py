@@ -212,6 +212,12 @@ def test_guesses_stand_beside_labels_and_are_known_as_such(tmp_path: Path) -> No
     again = read_labels(str(tmp_path / "both.csv"))
     assert len(again.tomograms) == 4
     assert again.guessed == {"g"}
+    text = (tmp_path / "both.csv").read_text()
+    (tmp_path / "sheet.csv").write_text(text.replace("True", "TRUE").replace("False", "FALSE"))
+    assert read_labels(str(tmp_path / "sheet.csv")).guessed == {"g"}
+    (tmp_path / "odd.csv").write_text(text.replace("True", "yes"))
+    with pytest.raises(LabelsError, match="has 'yes' in 'guessed by a model', expected True or False"):
+        read_labels(str(tmp_path / "odd.csv"))
 
 
 def test_a_guess_does_not_take_the_place_of_a_label(tmp_path: Path) -> None:

@@ -78,3 +78,12 @@ def test_looks_are_so_close_that_every_motor_shows_on_one(spacing, stride):
 def test_the_stride_is_as_asked_and_exhaustive_wins():
     assert z_stride(13.1, settings_from({"detect": {"z_stride": 4}})) == 4
     assert z_stride(13.1, settings_from({"detect": {"z_stride": 4, "exhaustive": True}})) == 1
+
+
+def test_slabs_are_shorter_where_each_slice_has_two_versions_so_that_rows_weigh_the_same():
+    [usual], [full] = (
+        list(first_look(manifest_of([300]), settings_from({"detect": {"exhaustive": True, "tta": tta}})))
+        for tta in ("fast", "full")
+    )
+    longest = [max(map(len, plan["zs"].to_pylist())) for plan in (usual, full)]
+    assert longest == [19, 9]

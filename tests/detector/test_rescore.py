@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from motor_ray.detector.description import RESCORER, rescorer_hash
-from motor_ray.detector.rescore import Rescorer, learned_from, load_rescorer, save_rescorer, train_rescorer
+from motor_ray.detector.rescore import Rescorer, learned_from, load_rescorer, rescorer_file, train_rescorer
 from motor_ray.errors import CheckpointError
 
 SHA = "a" * 64
@@ -71,7 +71,7 @@ def test_the_same_candidates_and_seed_give_the_same_head_and_no_random_number_is
 def test_a_head_is_read_again_bit_for_bit_and_only_for_its_model(tmp_path: Path) -> None:
     head = train_rescorer(*problem(50, 0), seed=3)
     assert rescorer_hash(str(tmp_path)) is None
-    save_rescorer(str(tmp_path), head, SHA, {"f2": 0.5}, ["t2", "t1"])
+    (tmp_path / RESCORER).write_bytes(rescorer_file(head, SHA, {"f2": 0.5}, ["t2", "t1"]))
     assert learned_from(str(tmp_path)) == {"t1", "t2"}
     along_z, geometry, _ = problem(10, 1)
     again = load_rescorer(str(tmp_path), SHA, (along_z.shape[1], geometry.shape[1]))
@@ -82,7 +82,7 @@ def test_a_head_is_read_again_bit_for_bit_and_only_for_its_model(tmp_path: Path)
 
 
 def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
-    save_rescorer(str(tmp_path), Rescorer(6, 4), SHA, {}, [])
+    (tmp_path / RESCORER).write_bytes(rescorer_file(Rescorer(6, 4), SHA, {}, []))
     whole = (tmp_path / RESCORER).read_bytes()
     (tmp_path / RESCORER).write_bytes(whole[:-4])
     with pytest.raises(CheckpointError, match=r"rescorer\.safetensors: is damaged"):

@@ -17,12 +17,21 @@ from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import first_look
 from motor_ray.config import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
-from motor_ray.detector.description import describe_models, rescorer_hash
+from motor_ray.detector.description import RESCORER, describe_models, rescorer_hash
 from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.model import build_model
-from motor_ray.detector.rescore import Rescorer, save_rescorer
+from motor_ray.detector.rescore import Rescorer, rescorer_file
 from motor_ray.distributed.cluster import object_store_limit
-from motor_ray.distributed.detect import Tally, compilation, detect, dry_run, finished, settings_of_model, write_plan
+from motor_ray.distributed.detect import (
+    LINKING,
+    Tally,
+    compilation,
+    detect,
+    dry_run,
+    finished,
+    settings_of_model,
+    write_plan,
+)
 from motor_ray.distributed.ledger import gather
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
@@ -31,6 +40,7 @@ from motor_ray.distributed.progress import News, Steady
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import CheckpointError, ManifestError, RunError, UnfinishedError
 from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
+from motor_ray.results import finished_run
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, PLAN, table_hash
 
 NONE = FAILURES.empty_table()
@@ -109,7 +119,7 @@ def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(
     plain = storage.read_table(str(out / "motors.parquet"))
     head = Rescorer(PRESENT + 2 * FEATURES, len(GEOMETRY))
     torch.nn.init.constant_(head.last.bias, 1.0)
-    save_rescorer(str(model), head, before["model_sha256"], {}, [])
+    (model / RESCORER).write_bytes(rescorer_file(head, before["model_sha256"], {}, []))
     monkeypatch.setattr(ray, "init", None)  # nobody looks at a slice
     monkeypatch.setattr("motor_ray.distributed.detect.connected", None)
     after = detect(manifest, NONE, str(model), str(out), settings)  # which keeps features without being told to
@@ -118,6 +128,11 @@ def test_a_finished_run_is_linked_again_when_its_model_has_learned_to_re_score(
     again = storage.read_table(str(out / "motors.parquet"))
     np.testing.assert_allclose(logits(again), logits(plain) + 1, rtol=1e-3, atol=1e-3)
     assert again.drop_columns("score") == plain.drop_columns("score")
+    assert detect(manifest, NONE, str(model), str(out), settings) == after
+    # As if it had been killed while it linked.
+    storage.write_json(str(out / "run.json"), after | {"status": LINKING})
+    with pytest.raises(RunError, match="has not finished; run the same motor-ray detect again"):
+        finished_run(str(out))
     assert detect(manifest, NONE, str(model), str(out), settings) == after
 
 

@@ -193,9 +193,10 @@ def test_scores_depend_on_how_a_model_looks_and_links_and_not_on_how_the_run_is_
     usual = RunSettings()
     for group, changes, differs in (
         ("detect", {"tta": "fast"}, True),
-        ("detect", {"ensemble": "logit"}, True),
+        ("detect", {"exhaustive": True}, True),
+        ("detect", {"score_threshold": 0.02}, True),
         ("link", {"max_gap_angstrom": 50.0}, True),
-        ("detect", {"loaders": 3, "exhaustive": True}, False),
+        ("detect", {"loaders": 3}, False),
         ("archive", {"attempts": 2}, False),
     ):
         other = usual.model_copy(update={group: getattr(usual, group).model_copy(update=changes)})
