@@ -407,7 +407,7 @@ class DetectSettings(Settings):
 
     @property
     def longest_slab(self) -> int:
-        """Slices of a slab at most: fewer than `slab_slices` if each has two versions, so that a row weighs the same."""
+        """Slices of a slab at most: fewer than `slab_slices` if each has two versions, so that rows weigh the same."""
         return max(self.slab_slices // self.contrasts, 1)
 
 
