@@ -468,22 +468,28 @@ class PretrainSettings(Settings):
 class PseudoSettings(Settings):
     """Which of a model's own findings it is taught as if they were labels."""
 
-    positive_score: float = Field(0.7, ge=0, le=1)
-    """A motor that scores this much is taken for one."""
+    positive_score: float | None = Field(None, ge=0, le=1)
+    """A motor that scores this much is taken for one. When not given, the lowest score from which on `precision` of
+    the motors found in validation tomograms are true."""
 
     min_slices: int = Field(4, ge=1)
     """And must be seen on so many slices."""
 
-    negative_score: float = Field(0.2, ge=0, le=1)
-    """A tomogram whose best motor scores less is taken to hold none. In a tomogram with a sure motor, slices near one
+    negative_score: float | None = Field(None, ge=0, le=1)
+    """A tomogram whose best motor scores less is taken to hold none. When not given, the highest score that all but
+    1 - `precision` of the validation tomograms with a motor reach. In a tomogram with a sure motor, slices near one
     that scores between the two are not learned from."""
+
+    precision: float = Field(0.95, gt=0, le=1)
+    """How often the model must be right about validation tomograms to be believed; see there."""
 
     share: float = Field(1.0, gt=0)
     """Pseudo-labelled tomograms for each labelled one that is trained on, at most; also of those with a motor alone."""
 
     @model_validator(mode="after")
     def _scores_leave_room_for_doubt(self) -> "PseudoSettings":
-        if self.negative_score > self.positive_score:
+        low, high = self.negative_score, self.positive_score
+        if low is not None and high is not None and low > high:
             raise ValueError(
                 f"negative_score {self.negative_score:g} must not exceed positive_score {self.positive_score:g}"
             )

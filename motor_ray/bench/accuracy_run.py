@@ -98,7 +98,8 @@ def train_on_pseudo_labels(job: Job, train: Archive, validation: Archive) -> tup
     unlabelled = archive(job.work, "unlabelled", job.sizes)
     found = job.folder / "unlabelled"
     look_over(unlabelled, looking_of(teacher), teacher.settings, found)
-    believed = with_pseudo_labels(train, unlabelled.manifest, found, settings)
+    looked = teacher.folder / "validation"
+    believed = with_pseudo_labels(train, unlabelled.manifest, found, (validation, looked), settings)
     frames = frames_shown(data_of(job.work, train, validation, settings), settings)
     data = data_of(job.work, believed, validation, settings)
     settings = with_epochs(starting_from(settings, models_of(teacher)[0]), frames, len(data.train))

@@ -18,7 +18,7 @@ from motor_ray.detector.reconstruction import BACKBONE, save_reconstructor
 from motor_ray.distributed.optimisation import prepared
 from motor_ray.distributed.pretrain_loop import Pictures, Restorer, puzzles_at, with_neighbours_seen
 from motor_ray.distributed.pretraining import new_reconstructor, pretrain_plans
-from motor_ray.distributed.pseudo_steps import Data, as_labels, chosen
+from motor_ray.distributed.pseudo_steps import Data, as_labels, chosen, sure_of
 from motor_ray.distributed.samples import made_ahead
 from motor_ray.errors import UnfinishedError
 from motor_ray.tables import FAILURES
@@ -51,14 +51,18 @@ def pretrain_backbone(
     return str(folder / BACKBONE), settings.train.epochs * len(pictures)
 
 
-def with_pseudo_labels(labelled: Archive, unlabelled: pa.Table, found: Path, settings: RunSettings) -> Archive:
+def with_pseudo_labels(
+    labelled: Archive, unlabelled: pa.Table, found: Path, validation: tuple[Archive, Path], settings: RunSettings
+) -> Archive:
     """`labelled` and those of the `unlabelled` tomograms (a MANIFEST) of which a model is sure.
 
-    `found` is a finished run of the model on them. Raises UnfinishedError if it is sure of no motor.
+    `found` is a finished run of the model on them; `validation` are others, whose labels say from which scores on it
+    may be, and its run on these. Raises UnfinishedError if it is sure of no motor.
     """
     nothing = FAILURES.empty_table()
     data = Data(str(found), labelled.manifest, labelled.labels, unlabelled, nothing, settings, (1, 1))
-    choice = chosen(data, str(found))
+    known, looked = validation
+    choice = chosen(data, str(found), sure_of(data._replace(labels=known.labels), str(looked)))
     if not choice.with_motor:
         raise UnfinishedError(f"{found}: the model is sure of no motor, so there is nothing that it could teach")
     believed = pc.is_in(unlabelled["tomo_id"], pa.array([*choice.with_motor, *choice.negatives]))

@@ -23,7 +23,7 @@ from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.ledger import alone
 from motor_ray.distributed.pseudo_report import report
-from motor_ray.distributed.pseudo_steps import Data, Model, first_model, one_round, starting_from
+from motor_ray.distributed.pseudo_steps import Data, first_model, one_round, starting_from
 from motor_ray.distributed.samples import with_labelled_spacing
 from motor_ray.distributed.study import study_at
 from motor_ray.distributed.team import slots_for, team_of_this_machine
@@ -76,13 +76,13 @@ def pseudo_label(
         done: list[dict[str, Any]] = []
         choice: Choice | None = None
         for number in range(1, rounds + 1):
-            choice, line = one_round(data, number, best, choice)
+            choice, after, line = one_round(data, number, best, choice)
             done.append(line)
             note(data, done)
             if not line["kept"]:
                 log.info("%s: round %d was worse; the next would choose the same again", data.uri, number)
                 break
-            best = Model(line["model"], line["after"])
+            best = after
     return note(data, done)
 
 
@@ -121,7 +121,7 @@ def prepare(
 def require_possible(data: Data, model: str | None) -> None:
     """Raises now what would otherwise stop a later round: thresholds, labels, weights that do not fit."""
     pseudo, detection = data.settings.pseudo, data.settings.detect
-    if pseudo.negative_score < detection.score_threshold:
+    if pseudo.negative_score is not None and pseudo.negative_score < detection.score_threshold:
         raise ConfigError(
             f"pseudo.negative_score {pseudo.negative_score:g}: detections below detect.score_threshold "
             f"{detection.score_threshold:g} are not kept, so nobody could tell; lower --detect.score-threshold"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 HEAD = (
-    "| round | with motors | motors | doubtful | without | undecided | tomograms added / dropped / changed "
-    "| motors added / dropped | mAP@0.5 before -> after | tomogram F2 before -> after | |"
+    "| round | sure from / none below | with motors | motors | doubtful | without | undecided "
+    "| tomograms added / dropped / changed | motors added / dropped "
+    "| mAP@0.5 before -> after | tomogram F2 before -> after | |"
 )
 
 
@@ -20,7 +21,8 @@ def report(rounds: Sequence[dict[str, Any]]) -> str:
             "|" + "---|" * (HEAD.count("|") - 1),
             *lines,
             "",
-            "With motors, without: unlabelled tomograms that were taught as if they were labelled, holding a motor or "
+            "Sure from, none below: scores from which a motor was believed, and below which there was none. With "
+            "motors, without: unlabelled tomograms that were taught as if they were labelled, holding a motor or "
             "none. Doubtful: motors in them that scored too low to be believed and too high to be ignored; no slice "
             "near one was taught. Undecided: tomograms that were left out. Scores are of whole validation tomograms, "
             "which somebody labelled, before and after the round.",
@@ -33,6 +35,7 @@ def _line(line: dict[str, Any]) -> str:
     changes, before, after = line["changes"], line["before"], line["after"]
     cells = [
         line["round"],
+        f"{line['sure']['positive']:.2f} / {line['sure']['negative']:.2f}",
         f"{line['tomograms_with_motors']} of {line['sure_of_motors']}",
         line["motors"],
         line["doubtful_motors"],

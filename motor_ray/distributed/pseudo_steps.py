@@ -20,7 +20,7 @@ from motor_ray.distributed.detect import detect
 from motor_ray.distributed.training import train
 from motor_ray.distributed.training_loop import SCORES, rank_of
 from motor_ray.errors import UnfinishedError
-from motor_ray.motors.pseudo import PLACE, Choice, Limits, choose, compare_choices
+from motor_ray.motors.pseudo import PLACE, Choice, Limits, Sure, choose, compare_choices, sure_scores
 from motor_ray.results import evaluate_run
 from motor_ray.storage import exists, join, read_table, write_bytes
 from motor_ray.tables import FAILURES
@@ -52,21 +52,28 @@ class Model(NamedTuple):
     uri: str
     scores: dict[str, Any]
 
+    looked: str
+    """The run of `detect` on them."""
+
 
 def first_model(data: Data, model: str | None) -> Model:
     """Round 0: the model that was given, else one that is trained on the labels alone."""
     if model is None:
         model = trained(data, "round-0", data.manifest, data.labels, data.settings)
-    return Model(model, validated(data, 0, model))
+    return validated(data, 0, model)
 
 
-def one_round(data: Data, number: int, best: Model, before: Choice | None) -> tuple[Choice, dict[str, Any]]:
-    """Detect with the best model, choose, train on that, too, and validate; the choice, and what is told of it."""
+def one_round(data: Data, number: int, best: Model, before: Choice | None) -> tuple[Choice, Model, dict[str, Any]]:
+    """Detect with the best model, choose, train on that, too, and validate.
+
+    Returns the choice, the new model, and what is told of the round.
+    """
     found = join(data.uri, f"found-{number}")
     run = detect(data.unlabelled, data.unusable, best.uri, found, data.settings)
-    choice = chosen(data, found)
+    sure = sure_of(data, best.looked)
+    choice = chosen(data, found, sure)
     if not choice.with_motor:
-        raise UnfinishedError(refusal(data, number, choice, found))
+        raise UnfinishedError(refusal(data, number, choice, sure, found))
     guesses = as_labels(choice, data.unlabelled, data.settings)
     uris = {name: join(data.uri, f"{name}-{number}.csv") for name in ("labels", "doubtful")}
     write_labels(guesses, uris["labels"])
@@ -82,8 +89,9 @@ def one_round(data: Data, number: int, best: Model, before: Choice | None) -> tu
     after = validated(data, number, model)
     spacings = spacings_of(data.unlabelled, data.settings)
     changes = compare_choices(before, choice, spacings, data.settings.link.merge_distance_angstrom)
-    return choice, {
+    told = {
         "round": number,
+        "sure": sure._asdict(),
         "tomograms_with_motors": len(choice.with_motor),
         "motors": len(choice.motors),
         "tomograms_without": len(choice.negatives),
@@ -93,11 +101,12 @@ def one_round(data: Data, number: int, best: Model, before: Choice | None) -> tu
         "failures": run["counts"]["failures"],
         "teacher": best.uri,
         "before": best.scores,
-        "after": after,
-        "kept": rank_of(after) >= rank_of(best.scores),
+        "after": after.scores,
+        "kept": rank_of(after.scores) >= rank_of(best.scores),
         "model": model,
         "labels": uris["labels"],
     }
+    return choice, after, told
 
 
 def trained(data: Data, name: str, manifest: pa.Table, labels: Labels, settings: RunSettings) -> str:
@@ -107,8 +116,8 @@ def trained(data: Data, name: str, manifest: pa.Table, labels: Labels, settings:
     return str(run["model"])
 
 
-def validated(data: Data, number: int, model: str) -> dict[str, Any]:
-    """How a model does on whole validation tomograms, all of their slices: the same for every round.
+def validated(data: Data, number: int, model: str) -> Model:
+    """A model, and how it does on whole validation tomograms, all of their slices: the same for every round.
 
     All are judged at one threshold, though the first may have learned one of its own.
     """
@@ -119,19 +128,28 @@ def validated(data: Data, number: int, model: str) -> dict[str, Any]:
     detect(held_out, FAILURES.empty_table(), model, found, settings)
     same = settings.evaluate.model_copy(update={"threshold": settings.evaluate.threshold_or_usual})
     scores = evaluate_run(found, data.labels, same)
-    return {name: scores["slices"][name] for name in SCORES} | {
-        name: scores["tomograms"][name] for name in TOMOGRAM_SCORES
-    }
+    told = {name: scores["slices"][name] for name in SCORES}
+    return Model(model, told | {name: scores["tomograms"][name] for name in TOMOGRAM_SCORES}, found)
 
 
-def chosen(data: Data, found: str) -> Choice:
+def sure_of(data: Data, looked: str) -> Sure:
+    """From which scores on the model is believed whose run on validation tomograms is under `looked`."""
+    motors, manifest = (read_table(join(looked, f"{name}.parquet")).to_pandas() for name in ("motors", "tomograms"))
+    true_motors, tomograms = (
+        table[table["tomo_id"].isin(manifest["tomo_id"])] for table in (data.labels.motors, data.labels.tomograms)
+    )
+    return sure_scores(motors, true_motors, tomograms, data.settings.pseudo, data.settings.link.merge_distance_angstrom)
+
+
+def chosen(data: Data, found: str, sure: Sure) -> Choice:
     """What is believed of the run of `detect` under `found`."""
     motors = read_table(join(found, "motors.parquet")).to_pandas()
     failures = read_table(join(found, "failures.parquet"))
     unreadable = set(failures.filter(pc.is_null(failures["z"]))["tomo_id"].to_pylist())
     tomo_ids = data.unlabelled["tomo_id"].to_pylist()
     seed = data.settings.train.seed
-    return choose(motors, tomo_ids, unreadable & set(tomo_ids), limits_of(data), data.settings.pseudo, seed)
+    min_slices = data.settings.pseudo.min_slices
+    return choose(motors, tomo_ids, unreadable & set(tomo_ids), limits_of(data), sure, min_slices, seed)
 
 
 def limits_of(data: Data) -> Limits:
@@ -170,7 +188,7 @@ def starting_from(settings: RunSettings, model: str | None) -> RunSettings:
     return settings.model_copy(update={"train": settings.train.model_copy(update={"start_from": model})})
 
 
-def refusal(data: Data, number: int, choice: Choice, found: str) -> str:
+def refusal(data: Data, number: int, choice: Choice, sure: Sure, found: str) -> str:
     """Why a round cannot go on, and what to do about it.
 
     Without a sure motor even tomograms where nothing is found say nothing: the model may be blind.
@@ -180,9 +198,13 @@ def refusal(data: Data, number: int, choice: Choice, found: str) -> str:
         return (
             f"{data.uri}: --pseudo.share {pseudo.share:g} leaves room for no tomogram with a motor; give a larger one"
         )
+    takes = (
+        f"a pseudo-label takes {sure.positive:.2g} on {pseudo.min_slices} slices"
+        if sure.positive <= 1
+        else f"in validation tomograms {pseudo.precision:.0%} of what it found were true from no score on"
+    )
     return (
         f"{data.uri}: round {number} is sure of no motor in {choice.counts['looked_at']} unlabelled tomograms: the "
-        f"best scores {max(choice.best.values()):.2f}, and a pseudo-label takes {pseudo.positive_score:g} on "
-        f"{pseudo.min_slices} slices. Look at {found}; train a better model first, or start anew with a lower "
-        "--pseudo.positive-score or --pseudo.min-slices"
+        f"best scores {max(choice.best.values()):.2f}, and {takes}. Look at {found}; "
+        "train a better model first, or start anew with a lower --pseudo.positive-score or --pseudo.min-slices"
     )

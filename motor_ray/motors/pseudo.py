@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from motor_ray.config import PseudoSettings
-from motor_ray.motors.matching import match_motors
+from motor_ray.motors.matching import match_all, match_motors, spacings_of
 
 PLACE = ["z", "y", "x"]
 
@@ -21,6 +21,16 @@ class Limits(NamedTuple):
 
     with_motor: int
     in_all: int
+
+
+class Sure(NamedTuple):
+    """From which scores on a model is believed."""
+
+    positive: float
+    """A motor that scores this much is one."""
+
+    negative: float
+    """A tomogram whose best motor scores less has none."""
 
 
 class Choice(NamedTuple):
@@ -60,15 +70,42 @@ class Changes(NamedTuple):
     motors_dropped: int
 
 
+def sure_scores(
+    motors: pd.DataFrame,
+    truth_motors: pd.DataFrame,
+    truth_tomograms: pd.DataFrame,
+    settings: PseudoSettings,
+    radius_angstrom: float,
+) -> Sure:
+    """The scores of `settings`; those that it does not give are learned from labelled tomograms.
+
+    `motors` are those found there, as for `choose`; one within the radius of a true one is true. If a model is never
+    right often enough, the scores are such that nothing is believed.
+    """
+    seen = motors[motors["n_slices"] >= settings.min_slices].sort_values("score", ascending=False, ignore_index=True)
+    is_true = np.zeros(len(seen), dtype=bool)
+    is_true[match_all(seen, truth_motors, spacings_of(truth_tomograms), radius_angstrom).found] = True
+    good = np.flatnonzero(np.cumsum(is_true) >= settings.precision * np.arange(1, len(seen) + 1))
+    positive = settings.positive_score
+    if positive is None:
+        positive = float(seen["score"].iloc[good[-1]]) if len(good) else np.inf
+    negative = settings.negative_score
+    if negative is None:
+        best = motors.groupby("tomo_id")["score"].max().reindex(truth_motors["tomo_id"].unique(), fill_value=0.0)
+        negative = float(np.sort(best)[int((1 - settings.precision) * len(best))]) if len(best) else 0.0
+    return Sure(positive, min(negative, positive))
+
+
 def choose(
     motors: pd.DataFrame,
     tomo_ids: Collection[str],
     unreadable: Collection[str],
     limits: Limits,
-    settings: PseudoSettings,
+    sure: Sure,
+    min_slices: int,
     seed: int,
 ) -> Choice:
-    """The surest findings, within the limits.
+    """The surest findings, within the limits; a motor must be seen on `min_slices`.
 
     `motors` are those found in the tomograms `tomo_ids`, ``tomo_id, z, y, x, score, n_slices``. Tomograms with the
     highest scores come first; of those without a motor the ones with the lowest best score, and of equal ones whichever
@@ -76,16 +113,16 @@ def choose(
     """
     best: dict[str, float] = dict.fromkeys(sorted(tomo_ids), 0.0)
     best |= {str(name): float(score) for name, score in motors.groupby("tomo_id")["score"].max().items()}
-    is_sure = (motors["score"] >= settings.positive_score) & (motors["n_slices"] >= settings.min_slices)
-    sure = motors[is_sure]
-    positives = list(sure.sort_values(["score", "tomo_id"], ascending=[False, True])["tomo_id"].drop_duplicates())
+    is_sure = (motors["score"] >= sure.positive) & (motors["n_slices"] >= min_slices)
+    believed = motors[is_sure]
+    positives = list(believed.sort_values(["score", "tomo_id"], ascending=[False, True])["tomo_id"].drop_duplicates())
     shuffled = np.random.default_rng(seed).permutation(np.array(list(best), dtype=object)).tolist()
     decided = set(positives) | set(unreadable)
-    empty = [name for name in shuffled if best[name] < settings.negative_score and name not in decided]
+    empty = [name for name in shuffled if best[name] < sure.negative and name not in decided]
     empty.sort(key=best.__getitem__)
     taken = set(positives[: limits.with_motor])
     negatives = empty[: max(limits.in_all - len(taken), 0)]
-    doubtful = ~is_sure & (motors["score"] >= settings.negative_score) & motors["tomo_id"].isin(taken)
+    doubtful = ~is_sure & (motors["score"] >= sure.negative) & motors["tomo_id"].isin(taken)
     columns = ["tomo_id", *PLACE, "score"]
     counts = {
         "looked_at": len(best),
@@ -95,7 +132,7 @@ def choose(
         "unreadable": len(set(unreadable)),
     }
     return Choice(
-        _sorted(sure.loc[sure["tomo_id"].isin(taken), columns]),
+        _sorted(believed.loc[believed["tomo_id"].isin(taken), columns]),
         _sorted(motors.loc[doubtful, columns]),
         tuple(sorted(negatives)),
         counts,

@@ -17,6 +17,7 @@ from motor_ray.distributed import pseudo_steps
 from motor_ray.distributed.pseudo import begin, prepare, pseudo_label, require_possible, require_unseen
 from motor_ray.distributed.pseudo_steps import Model, chosen, one_round
 from motor_ray.errors import ConfigError, LabelsError, ManifestError, RunError, UnfinishedError
+from motor_ray.motors.pseudo import Sure
 from motor_ray.storage import join, read_json, read_table, write_json, write_table
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS
 
@@ -49,7 +50,8 @@ def changed(settings, **groups):
 
 @pytest.fixture
 def data(manifest, archive, others, settings, tmp_path):
-    return prepare(manifest, archive.labels, others, NONE, settings, str(tmp_path / "run"), (1, 1))
+    given = changed(settings, pseudo={"positive_score": 0.7, "negative_score": 0.2})
+    return prepare(manifest, archive.labels, others, NONE, given, str(tmp_path / "run"), (1, 1))
 
 
 def motors_in(names, *found):
@@ -76,15 +78,30 @@ class StandIns:
         self.trained.append((manifest, labels, settings))
         return {"model": join(storage, name, "best")}
 
-    def validated(self, _data, _number, _model):
-        return SCORES | {"mAP@0.5": self.scores.pop(0)}
+    def validated(self, data, number, model):
+        found = join(data.uri, f"validation-{number}")
+        looked_at(data, found)
+        return Model(model, SCORES | {"mAP@0.5": self.scores.pop(0)}, found)
 
 
-def test_a_round_teaches_labels_and_what_is_sure_and_starts_from_the_best(data, monkeypatch):
+def looked_at(data, found, *motors):
+    """A run on the labelled tomograms that found `motors`, see motors_in; returns where it is."""
+    write_table(data.manifest, join(found, "tomograms.parquet"))
+    write_table(motors_in(data.manifest["tomo_id"].to_pylist(), *motors), join(found, "motors.parquet"))
+    return found
+
+
+@pytest.fixture
+def teacher(data, tmp_path):
+    return Model("teacher", SCORES, looked_at(data, str(tmp_path / "looked")))
+
+
+def test_a_round_teaches_labels_and_what_is_sure_and_starts_from_the_best(data, teacher, monkeypatch):
     names = data.unlabelled["tomo_id"].to_pylist()
     found = motors_in(names, (0, 10.0, 0.9), (0, 3.0, 0.4), (1, 10.0, 0.05), (2, 10.0, 0.5))
     stands = StandIns(monkeypatch, [found], [0.6])
-    choice, line = one_round(data, 1, Model("teacher", SCORES), None)
+    choice, after, line = one_round(data, 1, teacher, None)
+    assert (after.uri, after.scores["mAP@0.5"]) == (line["model"], 0.6)
     [(manifest, labels, settings)] = stands.trained
     assert stands.detected == ["teacher"]
     assert settings.train.start_from == "teacher"
@@ -100,21 +117,41 @@ def test_a_round_teaches_labels_and_what_is_sure_and_starts_from_the_best(data, 
     assert choice.with_motor == [names[0]]
 
 
-def test_no_motor_that_is_sure_is_refused_with_the_reason(data, monkeypatch):
+def test_no_motor_that_is_sure_is_refused_with_the_reason(data, teacher, monkeypatch):
     names = data.unlabelled["tomo_id"].to_pylist()
     stands = StandIns(monkeypatch, [motors_in(names, (0, 10.0, 0.65), (1, 10.0, 0.01))], [])
     with pytest.raises(
         UnfinishedError, match=r"sure of no motor in 3 unlabelled .* best scores 0\.65, .* takes 0\.7 on 4"
     ):
-        one_round(data, 1, Model("teacher", SCORES), None)
+        one_round(data, 1, teacher, None)
     assert not stands.trained
+
+
+def test_what_a_model_is_sure_of_is_learned_from_what_it_said_of_labelled_tomograms(data, tmp_path):
+    free = data._replace(settings=changed(data.settings, pseudo={"positive_score": None, "negative_score": None}))
+    names = data.manifest["tomo_id"].to_pylist()
+    [first, *_] = motors = [
+        (name, *data.labels.motors_of(name)[0]) for name in names if len(data.labels.motors_of(name))
+    ]
+    empty = next(name for name in names if not len(data.labels.motors_of(name)))
+    more = {"height": 32.0, "width": 32.0, "n_slices": 9, "voxel_spacing_angstrom": 24.0}
+    rows = [
+        {"tomo_id": name, "z": z, "y": y, "x": x, "score": 0.4 if name == first[0] else 0.6} for name, z, y, x in motors
+    ]
+    rows.append({"tomo_id": empty, "z": 3.0, "y": 50.0, "x": 50.0, "score": 0.5})
+    found = looked_at(free, str(tmp_path / "seen"))
+    write_table(pa.Table.from_pylist([row | more for row in rows], MOTORS), join(found, "motors.parquet"))
+    assert pseudo_steps.sure_of(free, found).positive == 0.6
+    assert pseudo_steps.sure_of(free, found).negative == 0.4
 
 
 def test_what_was_found_beyond_the_last_voxel_is_a_label_that_can_be_read(data, tmp_path):
     names = data.unlabelled["tomo_id"].to_pylist()
     write_table(motors_in(names, (0, 19.6, 0.9)), str(tmp_path / "found" / "motors.parquet"))
     write_table(NONE, str(tmp_path / "found" / "failures.parquet"))
-    labels = pseudo_steps.as_labels(chosen(data, str(tmp_path / "found")), data.unlabelled, data.settings)
+    labels = pseudo_steps.as_labels(
+        chosen(data, str(tmp_path / "found"), Sure(0.7, 0.2)), data.unlabelled, data.settings
+    )
     assert labels.motors["z"].tolist() == [19]
 
 
@@ -124,6 +161,7 @@ def test_rounds_go_on_while_they_are_no_worse_and_the_best_model_is_told(
     names = sorted(others["tomo_id"].to_pylist())
     found = [motors_in(names, *[(place, 10.0, 0.9) for place in places]) for places in ([0], [0, 2], [0, 2])]
     stands = StandIns(monkeypatch, found, [0.5, 0.6, 0.6, 0.2])
+    settings = changed(settings, pseudo={"positive_score": 0.7, "negative_score": 0.2})
     monkeypatch.setattr("motor_ray.distributed.pseudo.connected", lambda _: __import__("contextlib").nullcontext())
     run = pseudo_label(
         manifest, archive.labels, others, NONE, settings, str(tmp_path), "run", rounds=5, workers=(1, 1),

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from motor_ray.config import PseudoSettings, settings_from
 from motor_ray.errors import ConfigError
-from motor_ray.motors.pseudo import Choice, Limits, choose, compare_choices
+from motor_ray.motors.pseudo import Choice, Limits, Sure, choose, compare_choices, sure_scores
 
-SETTINGS = PseudoSettings(positive_score=0.7, negative_score=0.2, min_slices=4)
+SURE = Sure(0.7, 0.2)
 FREE = Limits(100, 100)
 SPACINGS = dict.fromkeys("abcdefgh", 10.0)
 
@@ -19,7 +19,7 @@ def motors_of(*found: tuple[str, float, int], z: float = 10.0) -> pd.DataFrame:
 
 
 def chosen(motors: pd.DataFrame, tomo_ids: str, limits: Limits = FREE, unreadable: str = "", seed: int = 0) -> Choice:
-    return choose(motors, set(tomo_ids), set(unreadable), limits, SETTINGS, seed)
+    return choose(motors, set(tomo_ids), set(unreadable), limits, SURE, 4, seed)
 
 
 def test_what_is_sure_is_believed_and_what_is_neither_is_left_out():
@@ -92,4 +92,47 @@ def test_the_same_motors_a_little_off_are_no_change():
 
 def test_scores_without_room_for_doubt_are_refused():
     with pytest.raises(ConfigError, match=r"negative_score 0\.8 must not exceed positive_score 0\.7"):
-        settings_from({"pseudo": {"negative_score": 0.8}})
+        settings_from({"pseudo": {"negative_score": 0.8, "positive_score": 0.7}})
+
+
+def sure(found: pd.DataFrame, true: str, empty: str = "", **given: float) -> Sure:
+    """What is learned where the first motor of each tomogram `true` is one; `empty` have none."""
+    motors = found.groupby("tomo_id").head(1)
+    motors = motors[motors["tomo_id"].isin(list(true))][["tomo_id", "z", "y", "x"]]
+    lost = pd.DataFrame(
+        [(name, 0.0, 0.0, 0.0) for name in sorted({*true} - {*motors["tomo_id"]})], columns=motors.columns
+    )
+    tomograms = pd.DataFrame({"tomo_id": [*true, *empty], "voxel_spacing_angstrom": 10.0})
+    settings = PseudoSettings(precision=given.pop("precision", 1.0), **given)
+    return sure_scores(found, pd.concat([motors, lost]), tomograms, settings, 400.0)
+
+
+def test_a_score_is_sure_from_which_on_all_that_validates_is_true_and_empty_below_all_motors():
+    found = motors_of(("a", 0.6, 9), ("b", 0.3, 9), ("c", 0.25, 9), ("a", 0.2, 9), ("d", 0.1, 9))
+    assert sure(found, "ab", "cd") == (0.3, 0.3)
+    assert sure(found, "abd", "c") == (0.3, 0.1)
+    assert sure(found, "abc", "d") == (0.25, 0.25)
+
+
+def test_a_share_of_errors_may_be_borne():
+    found = motors_of(*[(name, 0.9 - 0.1 * n, 9) for n, name in enumerate("abcdefg")])
+    assert sure(found, "abdefg", "c").positive == pytest.approx(0.8)
+    assert sure(found, "abdefg", "c", precision=0.8).positive == pytest.approx(0.3)
+    assert sure(found, "abdefg", "c", precision=0.8, positive_score=0.9).negative == pytest.approx(0.4)
+
+
+def test_nothing_is_sure_of_a_model_that_is_wrong_at_its_best_and_nothing_empty_where_a_motor_was_missed():
+    assert sure(motors_of(("c", 0.9, 9), ("a", 0.5, 9)), "a", "c").positive == float("inf")
+    assert sure(motors_of(("a", 0.5, 9)), "ab").negative == 0.0
+    assert sure(motors_of(), "a").positive == float("inf")
+
+
+def test_motors_on_few_slices_teach_nothing_about_what_is_sure():
+    found = motors_of(("a", 0.6, 9), ("c", 0.9, 2))
+    assert sure(found, "a", "c").positive == 0.6
+
+
+def test_scores_that_are_given_stay():
+    found = motors_of(("a", 0.6, 9), ("c", 0.9, 9))
+    assert sure(found, "a", "c", positive_score=0.7, negative_score=0.2) == (0.7, 0.2)
+    assert sure(found, "a", "c", positive_score=0.5) == (0.5, 0.5)
