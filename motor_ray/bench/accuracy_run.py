@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,9 @@ from motor_ray.bench.accuracy_peers import PeerTrainee
 from motor_ray.bench.accuracy_rows import PEERS, key_of
 from motor_ray.bench.accuracy_scores import (
     average_precisions,
-    best_table,
     learn_rescoring,
     look_over,
     scores_of,
-    with_threshold,
 )
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
@@ -38,7 +35,6 @@ from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pseudo_steps import starting_from
 from motor_ray.distributed.scoring import images_of
 from motor_ray.distributed.soup import make_soup
-from motor_ray.motors.metrics import count_tomograms
 from motor_ray.storage import read_json, write_json
 
 RUNS = 30
@@ -61,10 +57,7 @@ def run_row(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "simulated": True,
         "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
-        "validation": {
-            "f2": validation_f2(runs[0], validation),
-            "mAP@0.5": average_precisions(runs[0], validation.labels)["mAP@0.5"],
-        },
+        "validation": average_precisions(runs[0], validation.labels),
         "parameters": parameters_of(job),
         "training_images": images + sum(need.result["training_images"] for need in job.needs if need.result),
         "train_cpu_seconds": round(trained - started, 1),
@@ -114,13 +107,6 @@ def frames_shown(data: Data, settings: RunSettings) -> int:
 def slices_of(line: dict[str, Any]) -> dict[str, Any]:
     """What matters of a validation on slices."""
     return {name: line[name] for name in ("epoch", "mAP@0.5", "mAP@0.7", "mAP@0.9")}
-
-
-def validation_f2(run: Path, archive: Archive) -> float | None:
-    """F2 on validation tomograms at the row's threshold: by which the best of our rows is chosen."""
-    settings = with_threshold(run, archive.labels)
-    counts = count_tomograms(best_table(run, archive.labels), settings.threshold_or_usual, settings.radius_angstrom)
-    return counts.f_beta(2)
 
 
 def trainee_of(job: Job, data: Data, settings: RunSettings) -> Trainee:
