@@ -18,7 +18,7 @@ from motor_ray.motors.figures import CheckRow, MotorsPanel, close_up
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.preprocess import make_frames, to_uint8
-from motor_ray.slices.targets import box_on_frame, boxes_on_frame, draw_targets
+from motor_ray.slices.targets import box_on_frame, boxes_on_frame, draw_levels, whole_heatmap
 
 Row = dict[str, Any]
 """A row of the MANIFEST."""
@@ -53,7 +53,7 @@ def check_row(title: str, row: Row, labels: Labels, settings: RunSettings, chang
     pixels = make_frames(image, placement, settings.preprocess)[tile]
     rng = sample_generator(settings.train.seed, 0, row["tomo_id"])
     augmented, moved = augment(pixels[None], boxes[tile], rng, changes)
-    heatmap = draw_targets(moved, settings.frame.size, targets).heatmap[0].numpy()
+    heatmap = whole_heatmap(draw_levels(moved, settings.frame.size, targets, settings.model.levels))
     on_slice = placement[tile].boxes_to_slice(boxes[tile][:, :4])
     return CheckRow(title, to_uint8(image, settings.preprocess), augmented[0], heatmap, on_slice, moved[:, :4])
 

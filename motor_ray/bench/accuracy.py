@@ -58,8 +58,9 @@ def bench_accuracy(
         raise ConfigError("the row yolo needs ultralytics: pip install 'motor-ray[bench]', or choose other --parts")
     for part in SEEDS:
         archive(folder, part, sizes)
-    # Seed by seed, so that the table is whole early.
-    jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in names]
+    # Seed by seed, so that the table is whole early; those that need others last, so that nobody waits for them.
+    ordered = sorted(names, key=lambda name: len(ROWS[name].of))
+    jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in ordered]
     failed = run_all([job for job in jobs if job.result is None], processes)
     said = report(folder, sizes)
     if failed:
@@ -125,9 +126,10 @@ def run_all(jobs: Sequence[Job], processes: int) -> list[str]:
 
 def run_job(job: Job, crew: Crew, before: Sequence["Future[None]"] = ()) -> None:
     """Run a row with one seed once what it needs is done. Raises UnfinishedError if that, or it itself, fails."""
-    title, started = f"{job.row.title}, seed {job.seed}", time.monotonic()
+    title = f"{job.row.title}, seed {job.seed}"
     if any(one.exception() for one in before):
         raise UnfinishedError(f"{title}: needs what failed")
+    started = time.monotonic()
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
         crew.run(job_json([job], "row"), job.folder, title)

@@ -5,6 +5,7 @@ the remainder is the offset (Zhou et al. 2019, "Objects as Points", arXiv 1904.0
 position would leave every cell below it, and the focal loss without a positive.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +118,17 @@ def draw_levels(boxes: NDArray[np.float64], size: int, settings: TargetSettings,
         _draw_level(boxes[owner == level], size, settings, stride)
         for level, stride in enumerate(LEVEL_STRIDES[:levels])
     ]
+
+
+def whole_heatmap(levels: Sequence[Targets]) -> NDArray[np.float32]:
+    """The targets' heatmaps of all levels on the finest one's cells, ``(h, w)``, each as its highest: to look at."""
+    finest, *coarser = (level.heatmap[0].numpy() for level in levels)
+    whole = finest.copy()
+    for heatmap in coarser:
+        ratio = -(-whole.shape[0] // heatmap.shape[0])
+        repeated = heatmap.repeat(ratio, axis=0).repeat(ratio, axis=1)
+        np.maximum(whole, repeated[: whole.shape[0], : whole.shape[1]], out=whole)
+    return whole
 
 
 def _draw_level(boxes: NDArray[np.float64], size: int, settings: TargetSettings, stride: int) -> Targets:

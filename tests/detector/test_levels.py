@@ -12,7 +12,7 @@ from motor_ray.detector.decode import Detections, decode
 from motor_ray.detector.levels import Maps, merge_levels, side_by_side
 from motor_ray.detector.losses import detection_loss
 from motor_ray.detector.model import Prediction
-from motor_ray.slices.targets import Targets, draw_levels, draw_targets
+from motor_ray.slices.targets import Targets, draw_levels, draw_targets, whole_heatmap
 
 EDGE = 320
 TILE = 64
@@ -109,6 +109,16 @@ def test_targets_and_predictions_stand_side_by_side_in_the_same_order() -> None:
         assert torch.equal(row[0], part)
     assert together.mask.sum() == len(boxes)
     assert together.presence == 1
+
+
+def test_the_heatmap_to_look_at_shows_the_boxes_of_every_level() -> None:
+    boxes = boxes_in([(0, 1), (2, 2), (4, 3), (3, 0)], 5)
+    levels = draw_levels(boxes, EDGE, TargetSettings(), 3)
+    whole = whole_heatmap(levels)
+    assert whole.shape == (EDGE // 4, EDGE // 4)
+    rows, columns = ((boxes[:, axis] + 0.5) // 4 for axis in (0, 1))
+    assert (whole[rows.astype(int), columns.astype(int)] == 1).all()
+    np.testing.assert_array_equal(whole_heatmap(levels[:1]), levels[0].heatmap[0])
 
 
 @pytest.mark.parametrize("heatmap", ["focal", "bce"])
