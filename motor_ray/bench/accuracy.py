@@ -136,8 +136,7 @@ def run_job(job: Job, crew: Crew, before: Sequence["Future[None]"] = ()) -> None
     except UnfinishedError as error:
         log.warning("%s", error)
         raise
-    assert job.result, job.folder
-    scores, seconds = job.result["scores"], time.monotonic() - started
+    scores, seconds = job.done["scores"], time.monotonic() - started
     log.info("%s: mAP@0.5 %.3f, F2 %.3f (simulated), %.0f s", title, scores["mAP@0.5"], scores["f2"], seconds)
 
 

@@ -15,6 +15,7 @@ from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
 from motor_ray.detector.looks import Looker
 from motor_ray.distributed.scoring import Looking
+from motor_ray.errors import UnfinishedError
 from motor_ray.storage import read_json
 
 
@@ -52,6 +53,13 @@ class Job(NamedTuple):
         file = self.folder / "result.json"
         there = read_json(str(file)) if file.exists() else {}
         return there if there.get("key") == key_of(self.name, self.seed, self.sizes) else None
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """What came of it. Raises UnfinishedError if it is not done."""
+        if (result := self.result) is None:
+            raise UnfinishedError(f"{self.folder}: is not done, and another row needs it")
+        return result
 
 
 def models_of(job: Job) -> list[str]:

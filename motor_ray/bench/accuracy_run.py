@@ -59,7 +59,7 @@ def run_row(job: Job) -> dict[str, Any]:
         "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
         "validation": average_precisions(runs[0], validation.labels),
         "parameters": parameters_of(job),
-        "training_images": images + sum(need.result["training_images"] for need in job.needs if need.result),
+        "training_images": images + sum(need.done["training_images"] for need in job.needs),
         "train_cpu_seconds": round(trained - started, 1),
         "look_cpu_seconds": round(time.process_time() - trained, 1),
         "history": [slices_of(line) for line in history],
