@@ -481,7 +481,7 @@ class PseudoSettings(Settings):
     that scores between the two are not learned from."""
 
     precision: float = Field(0.95, gt=0, le=1)
-    """How often the model must be right about validation tomograms to be believed; see there."""
+    """Share of what a model says of validation tomograms that must be right, where the two scores are not given."""
 
     share: float = Field(1.0, gt=0)
     """Pseudo-labelled tomograms for each labelled one that is trained on, at most; also of those with a motor alone."""
