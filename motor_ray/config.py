@@ -490,9 +490,7 @@ class PseudoSettings(Settings):
     def _scores_leave_room_for_doubt(self) -> "PseudoSettings":
         low, high = self.negative_score, self.positive_score
         if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"negative_score {self.negative_score:g} must not exceed positive_score {self.positive_score:g}"
-            )
+            raise ValueError(f"negative_score {low:g} must not exceed positive_score {high:g}")
         return self
 
 

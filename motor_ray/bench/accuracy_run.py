@@ -21,12 +21,7 @@ from motor_ray.bench.accuracy_archives import Archive, archive
 from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of
 from motor_ray.bench.accuracy_peers import PeerTrainee
 from motor_ray.bench.accuracy_rows import PEERS, key_of
-from motor_ray.bench.accuracy_scores import (
-    average_precisions,
-    learn_rescoring,
-    look_over,
-    scores_of,
-)
+from motor_ray.bench.accuracy_scores import average_precisions, learn_rescoring, look_over, scores_of
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
