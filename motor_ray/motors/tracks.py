@@ -14,9 +14,6 @@ from scipy.spatial.distance import cdist
 
 from motor_ray.config import LinkSettings
 
-EVIDENCE_ANGSTROM = 60.0
-"""A motor must be seen along this much of z to reach its slices' score: half of what training calls a motor."""
-
 CORE = 0.5
 """A motor's position comes from its slices with more than this share of its best slice's score."""
 
@@ -68,16 +65,16 @@ def link_candidates(
     side stay two. A track with two peaks beyond the merge distance and a valley between them is two motors in
     line. Of motors nearer than the merge distance the best one stays.
 
-    The score is the mean of the best slices' scores over as many slices as EVIDENCE_ANGSTROM holds, slices
-    without a detection counting 0. So one slice at 0.95 scores 0.19 where five slices are asked (13.3
-    angstrom) while a steady 0.6 scores 0.6; gaps cost nothing once enough slices agree; and within a track more
+    The score is the mean of the best slices' scores over as many slices as `evidence_angstrom` holds,
+    slices without a detection counting 0. So one slice at 0.95 scores 0.06 where 15 slices are asked (200 angstrom at
+    13.3) while a steady 0.6 scores 0.6; gaps cost nothing once enough slices agree; and within a track more
     or better detections never lower it. Position and size are averages over the track's core, weighted by score.
     """
     looked_at = np.union1d(looked_at, detections[:, 0].astype(np.int64))
     order = np.lexsort((*detections[:, [4, 3, 2, 1]].T, -detections[:, 5], detections[:, 0]))
     detections = detections[order]  # by z, then best first: the input's own order is forgotten here
     step = int(np.diff(looked_at).min()) if len(looked_at) > 1 else 1
-    needed = max(round(EVIDENCE_ANGSTROM / (spacing_angstrom * step)), 1)
+    needed = max(round(settings.evidence_angstrom / (spacing_angstrom * step)), 1)
     needed = min(needed, max(len(looked_at), 1))
     fewest = min(settings.min_slices, len(looked_at))
     tracks = [detections[rows] for rows in _tracks(detections, step, spacing_angstrom, settings) if len(rows) >= fewest]
