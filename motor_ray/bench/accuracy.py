@@ -3,8 +3,8 @@
     archives (simulated, once) -> for each row and seed a process: train, look, score -> result.json
     all results -> accuracy.json, accuracy.md, accuracy.png
 
-Every row and seed is written down when it is done, so the benchmark goes on where it was stopped, and can be run in
-parts; each process computes on one thread.
+Every step of a row and seed is written down when it is done, so the benchmark goes on where it was stopped, and can be
+run in parts; each process computes on one thread.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, short_hash
 from motor_ray.bench.accuracy_figure import accuracy_figure
 from motor_ray.bench.accuracy_job import Job
 from motor_ray.bench.accuracy_job import as_json as job_json
-from motor_ray.bench.accuracy_rows import ROWS, as_json, chosen, key_of
+from motor_ray.bench.accuracy_rows import ROWS, as_json, chosen
 from motor_ray.bench.accuracy_table import as_json as line_json
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
 from motor_ray.bench.children import last_words
@@ -142,7 +142,7 @@ def run_job(job: Job, crew: Crew, before: Sequence["Future[None]"] = ()) -> None
 
 def done_jobs(work: Path, sizes: Sizes) -> list[Job]:
     """All rows and seeds that are done with these sizes."""
-    there = sorted((work / "rows" / sizes.key).glob("*/result.json"))
+    there = sorted((work / "rows" / sizes.training).glob("*/result.json"))
     jobs = [Job(work, *_name_and_seed(file.parent.name), sizes) for file in there]
     return [job for job in jobs if job.name in ROWS and job.result is not None]
 
@@ -177,7 +177,7 @@ def speed_of(work: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     """How fast the first seed of each row is, all in one process, measured unless it was of these very rows."""
     first = list({job.name: job for job in sorted(jobs, key=lambda job: -job.seed)}.values())
     first.sort(key=lambda job: list(ROWS).index(job.name))
-    key = short_hash([key_of(job.name, job.seed, job.sizes) for job in first])
+    key = short_hash([job.keys.looked for job in first])
     file = work / "speed" / f"{key}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory(prefix="motor-ray-speed-") as folder:

@@ -1,6 +1,6 @@
 """The tomograms of the accuracy benchmark: simulated, hard, and the same wherever they are made.
 
-    WORK/archives/<hash of what they are>/<part>/<spacing>/train/..., train_labels.csv
+    WORK/archives/<hash of what they are>/<part>-<tomograms>/<spacing>/train/..., train_labels.csv
 
 They are hard on purpose: low contrast, many distractors, and in the test voxel spacings that training did not see.
 """
@@ -26,11 +26,14 @@ from motor_ray.config import ArchiveSettings, RunSettings, settings_from
 from motor_ray.distributed.samples import with_labelled_spacing
 from motor_ray.machine import cores
 
-Part = Literal["train", "validation", "test", "unlabelled"]
+Part = Literal["train", "validation", "calibration", "test", "unlabelled"]
 
-SEEDS: dict[Part, int] = {"train": 7100, "validation": 7200, "test": 7300, "unlabelled": 7400}
+SEEDS: dict[Part, int] = {"train": 7100, "validation": 7200, "calibration": 7500, "test": 7300, "unlabelled": 7400}
 """Seed of the first archive of each part; that of the next spacing is one higher."""
 
+
+JUDGING: tuple[Part, ...] = ("calibration", "test")
+"""What trained detectors look at whole."""
 
 TOMOGRAMS_PER_PROCESS = 8
 """Fewer are simulated before another process has started."""
@@ -41,8 +44,8 @@ class Sizes:
     """All that the benchmark's data and budget depend on; results of other sizes are never mixed."""
 
     shape: tuple[int, int, int] = (40, 224, 224)
-    tomograms: tuple[int, int, int, int] = (66, 33, 60, 66)
-    """To train on, to validate with, to test, and without labels."""
+    tomograms: tuple[int, int, int, int, int] = (66, 33, 60, 120, 66)
+    """To train on, to choose the best epoch with, to learn thresholds from, to test, and without labels."""
 
     seen_spacings: tuple[float, ...] = (13.1, 16.0, 19.7)
     """Angstrom per voxel of all parts."""
@@ -80,9 +83,15 @@ class Sizes:
         return self.box_angstrom / self.seen_spacings[len(self.seen_spacings) // 2] * self.frame / self.shape[-1]
 
     @property
-    def key(self) -> str:
-        """A short name: equal for equal sizes."""
-        return short_hash(asdict(self))
+    def training(self) -> str:
+        """A short name: equal for sizes with which the same is learned, whatever it is judged with afterwards."""
+        learned = {part: count for part, count in self.parts.items() if part not in JUDGING}
+        return short_hash({**asdict(self), "tomograms": learned, "unseen_spacings": None})
+
+    @property
+    def judging(self) -> str:
+        """A short name: equal for sizes with which detectors are judged on the same tomograms."""
+        return short_hash([archive_key(self), *(self.parts[part] for part in JUDGING), self.unseen_spacings])
 
 
 class Archive(NamedTuple):
@@ -134,10 +143,10 @@ def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
     """The tomograms of a part; those that are not in the folder `work` yet are simulated there."""
     spacings = sizes.seen_spacings + (sizes.unseen_spacings if part == "test" else ())
     each, rest = divmod(sizes.parts[part], len(spacings))
-    folder = work / "archives" / archive_key(sizes)
+    folder = work / "archives" / archive_key(sizes) / f"{part}-{sizes.parts[part]}"
     groups = []
     for place, spacing in enumerate(spacings):
-        where = folder / part / f"{spacing:g}"
+        where = folder / f"{spacing:g}"
         counts = sizes.train_counts if part == "train" else sizes.motor_counts
         motors = list(itertools.islice(itertools.cycle(counts), each + (place < rest)))
         _simulate(where, motors, SEEDS[part] + place, spacing, sizes)
@@ -150,10 +159,9 @@ def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
 
 
 def archive_key(sizes: Sizes) -> str:
-    """A short name: equal for sizes that make the same tomograms."""
-    trained = ("frame", "box_angstrom", "backbone", "neck_channels", "head_channels")
-    budget = ("epochs", "batch_size", "learning_rate", "slices_per_motor")
-    return short_hash({name: value for name, value in asdict(sizes).items() if name not in trained + budget})
+    """A short name: equal for sizes that make the same tomograms, however many."""
+    made = ("shape", "seen_spacings", "unseen_spacings", "train_counts", "motor_counts", "signal_to_noise", "clutter")
+    return short_hash({name: value for name, value in asdict(sizes).items() if name in made})
 
 
 def short_hash(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from motor_ray.bench.accuracy_archives import Sizes, settings_of
 from motor_ray.bench.accuracy_peers import PeerLooker, load_peer
-from motor_ray.bench.accuracy_rows import PEERS, ROWS, Row, changes_of, key_of
+from motor_ray.bench.accuracy_rows import LEARNED_BEFORE, PEERS, ROWS, Keys, Row, changes_of, keys_of
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
@@ -45,14 +45,22 @@ class Job(NamedTuple):
     @property
     def folder(self) -> Path:
         """Where everything of it is."""
-        return self.work / "rows" / self.sizes.key / f"{self.name}-{self.seed}"
+        return self.work / "rows" / self.sizes.training / f"{self.name}-{self.seed}"
+
+    @property
+    def keys(self) -> Keys:
+        """Of its steps."""
+        return keys_of(self.name, self.seed, self.sizes)
+
+    @property
+    def seen_by(self) -> "Job":
+        """The job that looks at the slices: one that it needs, if that looks at the same with the same models."""
+        return next((need for need in self.needs if need.keys.looked == self.keys.looked), self)
 
     @property
     def result(self) -> dict[str, Any] | None:
         """What came of it, None if it is not done or was done with other settings."""
-        file = self.folder / "result.json"
-        there = read_json(str(file)) if file.exists() else {}
-        return there if there.get("key") == key_of(self.name, self.seed, self.sizes) else None
+        return said_with(self.folder / "result.json", self.keys.scored)
 
     @property
     def done(self) -> dict[str, Any]:
@@ -62,9 +70,15 @@ class Job(NamedTuple):
         return result
 
 
+def said_with(file: Path, key: str) -> dict[str, Any] | None:
+    """What is in a JSON file if it was written with this key."""
+    there: dict[str, Any] = read_json(str(file)) if file.exists() else {}
+    return there if there.get("key") == key else None
+
+
 def models_of(job: Job) -> list[str]:
     """The checkpoints that answer for a row that is no peer's."""
-    if job.row.training in ("none", "rescored"):
+    if job.row.training in LEARNED_BEFORE:
         return [model for need in job.needs for model in models_of(need)]
     cyclic = job.settings.train.schedule == "cyclic" and job.row.training != "soup"
     return find_checkpoints(str(job.folder / (SNAPSHOTS if cyclic else "best")))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, settings_of, short_hash
 from motor_ray.errors import ConfigError
@@ -10,8 +10,11 @@ from motor_ray.errors import ConfigError
 Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "rescored", "none"]
 """Who learns what: 'soup' averages weights, 'rescored' looks twice, 'none' only looks, with models of other rows."""
 
+LEARNED_BEFORE: tuple[Training, ...] = ("none", "rescored")
+"""With models of other rows."""
+
 Role = Literal["seed", "peer", "single", "more data", "light", "ensemble"]
-"""'more data' learns from tomograms that others do not learn from, with labels or without: no equal of theirs."""
+"""'more data' learns from tomograms that others do not learn from, or for longer: no equal of theirs."""
 
 PEERS = ("retinanet", "fcos", "yolo")
 
@@ -113,12 +116,18 @@ ROWS: dict[str, Row] = {
         of=("seed",),
         what="the seed's model goes on with what it is sure of on unlabelled tomograms, for as many frames again",
     ),
+    "longer": Row(
+        title="2.5-D, twice as long",
+        role="more data",
+        what="2.5-D on the same tomograms, for about as many frames as the two rows above were shown",
+        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}, "train": {"epochs": 18}},
+    ),
     "rescored": Row(
         title="+ re-scoring",
         role="more data",
         training="rescored",
         of=("seed",),
-        what="a small head, learned on validation tomograms, judges what the seed's model linked",
+        what="a small head, learned on calibration tomograms, judges what the seed's model linked",
         changes={"detect": {"features": True}},
     ),
     "tta": Row(
@@ -155,12 +164,28 @@ ROWS: dict[str, Row] = {
 """In the order of the table."""
 
 
-def key_of(name: str, seed: int, sizes: Sizes) -> str:
-    """Equal for a row and seed of which the result is the same."""
-    row = ROWS[name]
-    settings = settings_of(sizes, seed, changes_of(name)).model_dump(mode="json")
-    needs = [key_of(one, seed, sizes) for one in row.of]
-    return short_hash([sizes.key, name, row.version, row.training, settings, needs])
+class Keys(NamedTuple):
+    """Short names of what comes of the steps of a row with a seed: equal if it is the same."""
+
+    trained: str
+    looked: str
+    scored: str
+
+
+AFTER_LOOKING = ("link", "evaluate")
+"""Groups of settings that neither training nor looking at slices asks."""
+
+
+def keys_of(name: str, seed: int, sizes: Sizes) -> Keys:
+    """The keys of a row with a seed; those of a step change with all that the steps before depend on."""
+    row, settings = ROWS[name], settings_of(sizes, seed, changes_of(name)).model_dump(mode="json")
+    needs = [keys_of(one, seed, sizes) for one in row.of]
+    before = [need.scored if row.training == "pseudo" else need.trained for need in needs]
+    asked = {group: own for group, own in settings.items() if group not in AFTER_LOOKING}
+    trained = short_hash([sizes.training, row.version, row.training, asked, before])
+    answering = before if row.training in LEARNED_BEFORE else [trained]
+    looked = short_hash([answering, sizes.judging, asked])
+    return Keys(trained, looked, short_hash([looked, name, settings]))
 
 
 def changes_of(name: str) -> Changes:

@@ -2,8 +2,11 @@
 
 python -m motor_ray.bench.accuracy_run JOB.json
 
-In WORK/rows/<sizes>/<row>-<seed>/ appear best/ or a peer's weights, validation/ and test/, which are finished runs, and
-result.json, last.
+In WORK/rows/<sizes>/<row>-<seed>/ appear, step by step, each kept until what it depends on changes:
+
+    best/, snapshots/ or a peer's weights, trained.json   train
+    seen/calibration.parquet, test.parquet, looked.json   look at every slice of whole tomograms
+    calibration/, test/, result.json                      link, as finished runs, and score
 """
 
 import logging
@@ -11,17 +14,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from motor_ray.archive.plan import slab_of
-from motor_ray.bench.accuracy_archives import Archive, archive
-from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of
+from motor_ray.bench.accuracy_archives import JUDGING, Archive, archive
+from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of, said_with
 from motor_ray.bench.accuracy_peers import PeerTrainee
-from motor_ray.bench.accuracy_rows import PEERS, key_of
-from motor_ray.bench.accuracy_scores import average_precisions, learn_rescoring, look_over, scores_of
+from motor_ray.bench.accuracy_rows import LEARNED_BEFORE, PEERS
+from motor_ray.bench.accuracy_scores import average_precisions, learn_rescoring, link_run, look_over, scores_of
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
@@ -30,41 +34,81 @@ from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pseudo_steps import starting_from
 from motor_ray.distributed.scoring import images_of
 from motor_ray.distributed.soup import make_soup
-from motor_ray.storage import read_json, write_json
+from motor_ray.storage import read_json, read_table, write_json, write_table
 
 RUNS = 30
 """Slices that are timed of each contestant, in turn."""
 
 
-def run_row(job: Job) -> dict[str, Any]:
-    """Train, look at all slices of validation and test, score; what result.json says."""
-    started, settings = time.process_time(), job.settings
-    train, validation, test = (archive(job.work, part, job.sizes) for part in ("train", "validation", "test"))
-    history, images = train_row(job, train, validation)
-    trained = time.process_time()
-    look, runs = looking_of(job), (job.folder / "validation", job.folder / "test")
-    look_over(validation, look, settings, runs[0])
-    rescore = learn_rescoring(runs[0], validation, job.seed) if job.row.training == "rescored" else None
-    look_over(test, look, settings, runs[1], rescore)
+Step = Callable[[Job], dict[str, Any]]
+
+
+def run_row(job: Job) -> None:
+    """Train, look at all slices, score: whatever of it is not done."""
+    keys = job.keys
+    for name, key, step in (
+        ("trained", keys.trained, train_row),
+        ("looked", keys.looked, look_row),
+        ("result", keys.scored, score_row),
+    ):
+        do_once(job, job.folder / f"{name}.json", key, step)
+
+
+def do_once(job: Job, file: Path, key: str, step: Step) -> None:
+    """Take a step and write what it says into the `file`, unless it has been taken with this key."""
+    if said_with(file, key):
+        return
+    file.unlink(missing_ok=True)  # what it spoke of is being replaced
+    started = time.process_time()
+    said = step(job)
+    write_json(str(file), {"key": key, **said, "cpu_seconds": round(time.process_time() - started, 1)})
+
+
+def train_row(job: Job) -> dict[str, Any]:
+    """Make the row's models, if it has any of its own; how many frames were learned, what each validation said."""
+    train, validation = (archive(job.work, part, job.sizes) for part in ("train", "validation"))
+    history, images = learn(job, train, validation)
+    return {"images": images, "history": [slices_of(line) for line in history]}
+
+
+def look_row(job: Job) -> dict[str, Any]:
+    """Look at all slices of the tomograms that detectors are judged by, unless a row that it needs has done the same.
+
+    Returns how large the detector is.
+    """
+    if job.seen_by is job:
+        look = looking_of(job)
+        for part in JUDGING:
+            slabs = look_over(archive(job.work, part, job.sizes), look, job.settings)
+            write_table(slabs, str(job.folder / "seen" / f"{part}.parquet"))
+    return {"parameters": parameters_of(job)}
+
+
+def score_row(job: Job) -> dict[str, Any]:
+    """Link what was seen, and score; what result.json says."""
+    calibration, test = (archive(job.work, part, job.sizes) for part in JUDGING)
+    runs = [job.folder / part for part in JUDGING]
+    seen = [read_table(str(job.seen_by.folder / "seen" / f"{part}.parquet")) for part in JUDGING]
+    link_run(calibration, seen[0], job.settings, runs[0])
+    rescore = learn_rescoring(runs[0], calibration, job.seed) if job.row.training == "rescored" else None
+    link_run(test, seen[1], job.settings, runs[1], rescore)
+    trained, looked = (read_json(str(job.folder / name)) for name in ("trained.json", "looked.json"))
     return {
-        "key": key_of(job.name, job.seed, job.sizes),
         "row": job.name,
         "seed": job.seed,
         "simulated": True,
-        "scores": scores_of(*runs, (validation.labels, test.labels), job.sizes.unseen_spacings),
-        "validation": average_precisions(runs[0], validation.labels),
-        "parameters": parameters_of(job),
-        "training_images": images + sum(need.done["training_images"] for need in job.needs),
-        "train_cpu_seconds": round(trained - started, 1),
-        "look_cpu_seconds": round(time.process_time() - trained, 1),
-        "history": [slices_of(line) for line in history],
+        "scores": scores_of(runs[0], runs[1], (calibration.labels, test.labels), job.sizes.unseen_spacings),
+        "calibration": average_precisions(runs[0], calibration.labels),
+        "parameters": looked["parameters"],
+        "training_images": trained["images"] + sum(need.done["training_images"] for need in job.needs),
+        "history": trained["history"],
     }
 
 
-def train_row(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
-    """Make the row's models, if it has any of its own; what each validation said, and how many frames were learned."""
+def learn(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
+    """As `train_row`."""
     settings = job.settings
-    if job.row.training in ("none", "rescored"):
+    if job.row.training in LEARNED_BEFORE:
         return [], 0
     if job.row.training == "soup":
         shutil.rmtree(job.folder / "best", ignore_errors=True)  # of a run that broke off
@@ -85,9 +129,9 @@ def train_on_pseudo_labels(job: Job, train: Archive, validation: Archive) -> tup
     [teacher], settings = job.needs, job.settings
     unlabelled = archive(job.work, "unlabelled", job.sizes)
     found = job.folder / "unlabelled"
-    look_over(unlabelled, looking_of(teacher), teacher.settings, found)
-    looked = teacher.folder / "validation"
-    believed = with_pseudo_labels(train, unlabelled.manifest, found, (validation, looked), settings)
+    link_run(unlabelled, look_over(unlabelled, looking_of(teacher), teacher.settings), teacher.settings, found)
+    known = archive(job.work, "calibration", job.sizes), teacher.folder / "calibration"
+    believed = with_pseudo_labels(train, unlabelled.manifest, found, known, settings)
     frames = frames_shown(data_of(job.work, train, validation, settings), settings)
     data = data_of(job.work, believed, validation, settings)
     settings = with_epochs(starting_from(settings, models_of(teacher)[0]), frames, len(data.train))
@@ -142,7 +186,7 @@ def main(path: str) -> None:
         write_json(said["out"], measure_speed(jobs))
         return
     [job] = jobs
-    write_json(str(job.folder / "result.json"), run_row(job))
+    run_row(job)
 
 
 if __name__ == "__main__":

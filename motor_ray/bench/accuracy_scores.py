@@ -48,24 +48,37 @@ class Scorer(ScoreFrames):
         self._begin(settings, look, None)
 
 
-def look_over(
-    archive: Archive, look: Looking, settings: RunSettings, out: Path, rescore: Rescore | None = None
-) -> None:
-    """Look at every slice of an archive and link what is seen; written to the folder `out` as a finished run.
-
-    Motors have scores by `rescore`, if it is given. Raises UnfinishedError if a slice could not be looked at.
-    """
-    rows = archive.manifest.to_pylist()
-    plan = make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.longest_slab)
+def look_over(archive: Archive, look: Looking, settings: RunSettings) -> pa.Table:
+    """The SLABS of every slice of an archive. Raises UnfinishedError if a slice could not be looked at."""
+    plan = plan_of(archive, settings)
     load, score = LoadSlab(settings, contrasts=settings.detect.contrasts), Scorer(settings, look)
     slabs = pa.concat_tables([score(load(plan.slice(place, 1))) for place in range(len(plan))])
     statuses = set(slabs["slices"].combine_chunks().flatten().field("status").to_pylist())
     if statuses != {"ok"}:
-        raise UnfinishedError(f"{out}: slices are {', '.join(sorted(statuses - {'ok'}))}; the benchmark needs all")
+        first = archive.manifest["tomo_id"][0]
+        raise UnfinishedError(
+            f"archive of {first}: slices are {', '.join(sorted(statuses - {'ok'}))}; the benchmark needs all"
+        )
+    return slabs.cast(SLABS)
+
+
+def plan_of(archive: Archive, settings: RunSettings) -> pa.Table:
+    """The PLAN of all slices of an archive."""
+    rows = archive.manifest.to_pylist()
+    return make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.longest_slab)
+
+
+def link_run(
+    archive: Archive, slabs: pa.Table, settings: RunSettings, out: Path, rescore: Rescore | None = None
+) -> None:
+    """Link what was seen on the slices of an archive; written to the folder `out` as a finished run.
+
+    Motors have scores by `rescore`, if it is given.
+    """
     tables = {
         "tomograms": archive.manifest,
-        "plan": plan,
-        "slabs/all": slabs.cast(SLABS),
+        "plan": plan_of(archive, settings),
+        "slabs/all": slabs,
         "motors": link_slabs(slabs, archive.manifest, settings.link, rescore),
         "failures": FAILURES.empty_table(),
     }
@@ -74,13 +87,13 @@ def look_over(
     write_json(str(out / "run.json"), {"status": "done", "settings": settings.model_dump(mode="json")})
 
 
-def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unseen: Iterable[float]) -> dict[str, Any]:
-    """All scores of a detector on the test, at the threshold that is best on validation, or that its settings give.
+def scores_of(calibration: Path, test: Path, labels: tuple[Labels, Labels], unseen: Iterable[float]) -> dict[str, Any]:
+    """All scores of a detector on the test, at the threshold that is best on others, or that its settings give.
 
-    `validation` and `test` are finished runs, `labels` those of the two archives, `unseen` the voxel spacings that
+    `calibration` and `test` are finished runs, `labels` those of the two archives, `unseen` the voxel spacings that
     training did not see: F2 is told for those alone as well.
     """
-    settings = with_threshold(validation, labels[0])
+    settings = with_threshold(calibration, labels[0])
     threshold = settings.threshold_or_usual
     said = evaluate_run(str(test), labels[1], settings)
     tomograms, motors = said["tomograms"], said["motors"]
@@ -97,12 +110,12 @@ def scores_of(validation: Path, test: Path, labels: tuple[Labels, Labels], unsee
     }
 
 
-def with_threshold(validation: Path, labels: Labels) -> EvaluateSettings:
+def with_threshold(run: Path, labels: Labels) -> EvaluateSettings:
     """Settings with the threshold that has the best F2 on the finished run, unless the run's settings give another."""
-    settings = run_settings(str(validation)).evaluate
+    settings = run_settings(str(run)).evaluate
     if settings.threshold is not None:
         return settings
-    threshold = best_threshold(best_table(validation, labels), settings.radius_angstrom)
+    threshold = best_threshold(best_table(run, labels), settings.radius_angstrom)
     return settings.model_copy(update={"threshold": threshold})
 
 

@@ -1,6 +1,7 @@
 """The accuracy benchmark: what it compares, by which threshold, and what it does not do twice."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from motor_ray.bench.accuracy_archives import SEEDS, Sizes, archive, settings_of
 from motor_ray.bench.accuracy_figure import accuracy_figure
 from motor_ray.bench.accuracy_job import Job, as_json, from_json
 from motor_ray.bench.accuracy_peers import MARGIN, _Unclipped, build_peer, from_corners, narrow, to_corners
-from motor_ray.bench.accuracy_rows import ROWS, changes_of, chosen, key_of
+from motor_ray.bench.accuracy_rows import ROWS, changes_of, chosen, keys_of
 from motor_ray.bench.accuracy_scores import false_positives
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
 from motor_ray.cli import main
@@ -23,7 +24,7 @@ from motor_ray.errors import UnfinishedError
 
 TINY = Sizes(
     shape=(24, 96, 96),
-    tomograms=(4, 4, 8, 4),
+    tomograms=(4, 4, 4, 8, 4),
     seen_spacings=(16.0,),
     unseen_spacings=(19.7,),
     signal_to_noise=3.0,
@@ -36,14 +37,14 @@ TINY = Sizes(
 )
 
 
-def result_of(name, seed, f2, validation=None, **scores):
+def result_of(name, seed, f2, calibration=None, **scores):
     usual = dict.fromkeys(("mAP@0.5", "mAP@0.7", "mAP@0.9", "precision", "recall", "f2_unseen_spacings"), 0.5)
     usual |= {"f2": f2, "localisation_error_angstrom": 40.0, "false_positives_at_recall": 0.25}
     return {
         "row": name,
         "seed": seed,
         "scores": usual | scores,
-        "validation": {"mAP@0.5": f2 if validation is None else validation},
+        "calibration": {"mAP@0.5": f2 if calibration is None else calibration},
         "parameters": 2_500_000,
         "training_images": 4096,
     }
@@ -147,7 +148,7 @@ def test_our_best_model_is_compared_with_the_best_peer_over_the_seeds_of_all():
     assert "ensemble_gain" not in asked
 
 
-def test_the_best_of_ours_is_chosen_by_validation():
+def test_the_best_of_ours_is_chosen_by_calibration_tomograms():
     two = [("seed", 0.6, 0.5), ("levels", 0.5, 0.7), ("cbam", 0.8, 0.6)]
     results = [result_of(name, seed, f2, precision) for name, f2, precision in two for seed in (1, 2)]
     assert requirements(lines_of(results, {}))["false_positives"]["of"] == "+ multi-scale (seeds 1, 2)"
@@ -201,18 +202,44 @@ def test_a_row_of_another_has_its_settings():
     assert changes_of("tta") == {"detect": {"tta": "full"}}
 
 
-def test_every_row_starts_from_random_weights_and_has_the_same_budget():
+def test_every_row_starts_from_random_weights_and_has_the_same_budget_but_one():
+    usual = settings_of(Sizes(), 420, {}).train
     for name in ROWS:
         settings = settings_of(Sizes(), 420, changes_of(name))
         assert settings.model.pretrained == "none"
-        for name in ("epochs", "batch_size", "slices_per_motor", "negatives_per_positive", "empty_share"):
-            assert getattr(settings.train, name) == getattr(settings_of(Sizes(), 420, {}).train, name)
+        for same in ("batch_size", "slices_per_motor", "negatives_per_positive", "empty_share"):
+            assert getattr(settings.train, same) == getattr(usual, same)
+        assert settings.train.epochs == usual.epochs * (2 if name == "longer" else 1)
 
 
 def test_results_of_other_seeds_rows_and_sizes_have_other_keys():
-    keys = {key_of(name, seed, sizes) for name in ROWS for seed in (1, 2) for sizes in (Sizes(), TINY)}
+    keys = {keys_of(name, seed, sizes).scored for name in ROWS for seed in (1, 2) for sizes in (Sizes(), TINY)}
     assert len(keys) == len(ROWS) * 4
-    assert key_of("seed", 1, Sizes()) == key_of("seed", 1, Sizes())
+    assert keys_of("seed", 1, Sizes()) == keys_of("seed", 1, Sizes())
+
+
+def test_what_is_learned_stays_when_only_the_judging_changes(monkeypatch):
+    def keys(name, sizes=TINY):
+        return keys_of(name, 1, sizes)
+
+    more = replace(TINY, tomograms=(4, 4, 8, 16, 4))
+    assert keys("seed", more).trained == keys("seed").trained
+    assert keys("seed", more).looked != keys("seed").looked
+    assert keys("seed", replace(TINY, epochs=4)).trained != keys("seed").trained
+    assert keys("pseudo", more).trained != keys("pseudo").trained  # calibration says which are sure
+    before = {name: keys(name) for name in ("seed", "soup")}
+    monkeypatch.setitem(ROWS, "seed", replace(ROWS["seed"], changes={"link": {"min_slices": 3}}))
+    assert keys("seed").looked == before["seed"].looked
+    assert keys("seed").scored != before["seed"].scored
+    monkeypatch.setitem(ROWS, "snapshot", replace(ROWS["snapshot"], version=2))
+    assert keys("soup").trained != before["soup"].trained
+
+
+def test_a_row_that_differs_in_its_threshold_alone_sees_what_the_other_saw(tmp_path):
+    assert Job(tmp_path, "uncalibrated", 1, TINY).seen_by == Job(tmp_path, "seed", 1, TINY)
+    for name in ("tta", "rescored", "ensemble", "seed"):
+        job = Job(tmp_path, name, 1, TINY)
+        assert job.seen_by is job
 
 
 def test_jobs_survive_json(tmp_path):
@@ -236,7 +263,7 @@ def test_what_is_done_is_not_done_again_and_what_fails_stops_no_other(tmp_path, 
         if "FCOS" in title:
             raise UnfinishedError("no memory")
         [job] = from_json(said)
-        text = json.dumps(result_of(job.name, job.seed, 0.5) | {"key": key_of(job.name, job.seed, TINY)})
+        text = json.dumps(result_of(job.name, job.seed, 0.5) | {"key": job.keys.scored})
         (folder / "result.json").write_text(text)
 
     def report(work, sizes):
@@ -268,10 +295,10 @@ def test_a_row_does_not_begin_without_what_it_needs(tmp_path, monkeypatch):
 
 
 def test_the_test_has_spacings_that_training_has_not_and_no_tomogram_is_in_two_parts(tmp_path):
-    small = Sizes(shape=(12, 48, 48), tomograms=(3, 3, 5, 3), clutter=0.0, train_counts=(1, 0), motor_counts=(1, 0))
+    small = Sizes(shape=(12, 48, 48), tomograms=(3, 3, 3, 5, 3), clutter=0.0, train_counts=(1, 0), motor_counts=(1, 0))
     parts = {part: archive(tmp_path, part, small) for part in SEEDS}
     names = [name for one in parts.values() for name in one.manifest["tomo_id"].to_pylist()]
-    assert len(names) == len(set(names)) == 14
+    assert len(names) == len(set(names)) == 17
     assert set(parts["train"].manifest["voxel_spacing_angstrom"].to_pylist()) == set(small.seen_spacings)
     assert set(parts["test"].labels.tomograms["voxel_spacing_angstrom"]) == {
         *small.seen_spacings,
