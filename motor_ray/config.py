@@ -423,7 +423,7 @@ class LinkSettings(Settings):
     min_slices: int = Field(2, ge=1)
     """A motor seen on fewer slices is dropped, unless the tomogram has fewer."""
 
-    evidence_angstrom: float = Field(200.0, gt=0)
+    evidence_angstrom: float = Field(160.0, gt=0)
     """A motor's score is the mean over its best slices, as many as this holds along z; slices without a detection count
     0. A motor is 450 angstrom wide; much of what is taken for one is seen for less."""
 

@@ -66,7 +66,7 @@ def link_candidates(
     line. Of motors nearer than the merge distance the best one stays.
 
     The score is the mean of the best slices' scores over as many slices as `evidence_angstrom` holds,
-    slices without a detection counting 0. So one slice at 0.95 scores 0.06 where 15 slices are asked (200 angstrom at
+    slices without a detection counting 0. So one slice at 0.95 scores 0.08 where 12 slices are asked (160 angstrom at
     13.3) while a steady 0.6 scores 0.6; gaps cost nothing once enough slices agree; and within a track more
     or better detections never lower it. Position and size are averages over the track's core, weighted by score.
     """
