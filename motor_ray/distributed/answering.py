@@ -152,12 +152,14 @@ def picture_of(one: Prepared, answer: Answer, sha256: str) -> dict[str, Any]:
     (entry,) = answer.slices
     if entry["status"] != "ok":
         raise SliceCorruptError(f"The image: {entry['error']}")
+    # Features are for judging what is linked from many slices.
+    boxes = [{name: value for name, value in box.items() if name != "features"} for box in entry["detections"]]
     return {
         "model": sha256[:12],
         "height": one.row["size_y"],
         "width": one.row["size_x"],
         "presence": entry["presence"],
-        "detections": entry["detections"],
+        "detections": boxes,
         "note": entry["note"],
         "seconds": answer.seconds,
     }

@@ -13,12 +13,12 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from motor_ray.config import RunSettings, checked, settings_from
+from motor_ray.config import RunSettings, checked
 from motor_ray.detector.description import describe_models
 from motor_ray.distributed.asking import Asking, Detectors, Handle
 from motor_ray.distributed.cluster import gpus
 from motor_ray.distributed.detect import settings_of_model
-from motor_ray.distributed.learned import calibration_of
+from motor_ray.distributed.learned import learned_of
 from motor_ray.distributed.replica import Detector
 from motor_ray.distributed.serve_environment import check_environment, log_as_serve
 from motor_ray.errors import BusyError, ConfigError
@@ -71,12 +71,12 @@ class Tomograms:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: dict[str, Any], cards: dict[str, list[Any]], detector: Handle
     ) -> None:
-        from motor_ray.distributed.tomograms import TomogramDesk
+        from motor_ray.distributed.tomograms import TomogramDesk, served
 
         log_as_serve()
         service = ServiceSettings.model_validate(settings)
         jobs = Jobs(str(service.serve.storage), service.archive)
-        models = {name: settings_from(ModelCard(*card).settings) for name, card in cards.items()}
+        models = {name: served(ModelCard(*card)) for name, card in cards.items()}
         self.asking = Asking(detector, several=len(cards) > 1, most=asked_at_once(service.serve))
         self.desk = TomogramDesk(jobs, self._ask, models, service.serve)
         self.work = asyncio.create_task(self.desk.run())
@@ -199,7 +199,7 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
     answer together.
     """
     models = settings.serve.models
-    # Which are for re-scoring, and nobody does that here.
+    # Which are for re-scoring; a model that has learned it asks for them below.
     detect = settings.detect.model_copy(update={"features": False})
     if DEFAULT_MODEL not in models:
         raise ConfigError(f"serve.models: there is none called {DEFAULT_MODEL!r}; give --model CHECKPOINT")
@@ -208,9 +208,18 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
         there = describe_models(checkpoints_of(uris))
         asked = RunSettings(archive=settings.archive, detect=detect, link=settings.link)
         trained = settings_of_model(there.settings, asked)
-        learned = calibration_of(there, trained)
-        if learned:
-            evaluate = trained.evaluate.model_copy(update={"threshold": learned.threshold})
+        learned = learned_of(there, trained)
+        trained = learned.settings_for(trained)
+        if learned.calibration:
+            evaluate = trained.evaluate.model_copy(update={"threshold": learned.calibration["threshold"]})
             trained = trained.model_copy(update={"evaluate": evaluate})
-        cards[name] = [there.uris, there.sha256, trained.model_dump(mode="json"), there.metrics, there.told()]
+        card = ModelCard(
+            there.uris,
+            there.sha256,
+            trained.model_dump(mode="json"),
+            there.metrics,
+            there.told(),
+            learned.rescorer_sha256,
+        )
+        cards[name] = list(card)
     return cards

@@ -12,17 +12,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from motor_ray.archive.discover import discover
 from motor_ray.archive.plan import looks, make_plan, z_stride
-from motor_ray.config import RunSettings
+from motor_ray.config import RunSettings, settings_from
+from motor_ray.distributed.learned import rescoring
 from motor_ray.errors import MotorRayError, OutageError, TomogramError
-from motor_ray.motors.link import link_slabs, slices_of
+from motor_ray.motors.link import Rescore, link_slabs, slices_of
 from motor_ray.motors.second_look import second_look
+from motor_ray.service.backend import ModelCard
 from motor_ray.service.intake import check_volume
 from motor_ray.service.jobs import Jobs, Record
 from motor_ray.service.problems import OURS, describe, problem_of
@@ -55,10 +57,25 @@ AskSlab = Callable[[Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 log = logging.getLogger(__name__)
 
 
+class Served(NamedTuple):
+    """A model, as tomograms are looked at with it."""
+
+    settings: RunSettings
+
+    rescore: Rescore | None
+    """How what was linked is judged, if it has learned that."""
+
+
+def served(card: ModelCard) -> Served:
+    """The model of a card. Raises CheckpointError if the head that it learned is not there."""
+    rescore = rescoring(card.uris[0], card.sha256) if card.rescorer_sha256 else None
+    return Served(settings_from(card.settings), rescore)
+
+
 class TomogramDesk:
     """Takes tomograms from the queue and looks at them, a few side by side. There is one at a time on a storage."""
 
-    def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, RunSettings], settings: ServeSettings) -> None:
+    def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, Served], settings: ServeSettings) -> None:
         self.jobs, self.ask, self.models, self.settings = jobs, ask, models, settings
         self.bell = asyncio.Event()
         self.at_work: dict[str, asyncio.Task[None]] = {}
@@ -127,9 +144,10 @@ class TomogramDesk:
 
     async def look_at(self, record: Record) -> Record:
         """What was found in a tomogram: motors, failures, model and size."""
-        settings = self.models.get(record["model_name"])
-        if settings is None:
+        model = self.models.get(record["model_name"])
+        if model is None:
             raise TomogramError(f"The model {record['model_name']!r} is not served any more")
+        settings = model.settings
         row = await asyncio.to_thread(manifest_row, record, self.jobs, settings)
         record |= {name: row[name] for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom")}
         spacing = row["voxel_spacing_angstrom"]
@@ -139,7 +157,7 @@ class TomogramDesk:
         sizes, strides = {row["tomo_id"]: row["size_z"]}, {row["tomo_id"]: stride}
         again = second_look(slabs, sizes, strides, settings.detect).get(row["tomo_id"], [])
         slabs = pa.concat_tables([slabs, await self._score(record, row, again)])
-        return await asyncio.to_thread(found_in, slabs, row, settings)
+        return await asyncio.to_thread(found_in, slabs, row, model)
 
     async def _score(self, record: Record, row: Mapping[str, Any], zs: list[int]) -> pa.Table:
         """The SLABS of some slices of a tomogram."""
@@ -210,7 +228,7 @@ def one_tomogram(uri: str, settings: RunSettings) -> dict[str, Any]:
     return rows[0]
 
 
-def found_in(slabs: pa.Table, row: Mapping[str, Any], settings: RunSettings) -> Record:
+def found_in(slabs: pa.Table, row: Mapping[str, Any], model: Served) -> Record:
     """What was found on the SLABS of a whole tomogram. Raises TomogramError if hardly any slice can be read."""
     manifest = pa.Table.from_pylist([dict(row)], schema=MANIFEST)
     slices = slices_of(slabs).sort_by("z")
@@ -220,11 +238,11 @@ def found_in(slabs: pa.Table, row: Mapping[str, Any], settings: RunSettings) -> 
         {"z": one["z"], "error": one["error"].replace(row["uri"], "the tomogram")}
         for one in bad.select(["z", "error"]).to_pylist()
     ]
-    if len(failures) > (1 - settings.detect.good_share) * len(slices):
+    if len(failures) > (1 - model.settings.detect.good_share) * len(slices):
         first = failures[0]
         raise TomogramError(
             f"Of the {len(slices)} slices that were looked at {len(failures)} cannot be read, such as slice "
             f"{first['z']}: {first['error']}"
         )
-    motors = link_slabs(slabs, manifest, settings.link).to_pylist()
+    motors = link_slabs(slabs, manifest, model.settings.link, model.rescore).to_pylist()
     return {"motors": motors_shown(motors), "failures": failures}

@@ -29,6 +29,9 @@ class ModelCard(NamedTuple):
     members: list[dict[str, Any]]
     """The sha256 and the backbone of each checkpoint."""
 
+    rescorer_sha256: str | None = None
+    """Of the head that judges what it finds in tomograms, if it has learned one."""
+
 
 class Backend(Protocol):
     """Detectors, wherever they run."""

@@ -188,6 +188,9 @@ class Model(Reply):
     members: list[Member]
     """The checkpoints that answer together; mostly one."""
 
+    re_scored: bool
+    """Whether motors of tomograms have the scores of a second look that the model has learned."""
+
     tta: str
     """Test-time augmentation, if a request asks for none: off, fast or full."""
 

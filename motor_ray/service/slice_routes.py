@@ -55,6 +55,7 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
                 "box_pixels": settings.targets.box_pixels,
                 "box_angstrom": settings.targets.box_angstrom,
                 "members": card.members,
+                "re_scored": card.rescorer_sha256 is not None,
                 "tta": settings.detect.tta,
                 "tta_allowed": desk.augmentations(),
                 "metrics": card.metrics,

@@ -1,24 +1,35 @@
 import asyncio
 import contextlib
+import io
 import json
 import logging
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from PIL import Image
 
 from motor_ray import storage
 from motor_ray.archive.plan import looks, make_plan
+from motor_ray.config import settings_from
+from motor_ray.detector.description import RESCORER, rescorer_hash
+from motor_ray.detector.inference import FEATURES
+from motor_ray.detector.rescore import Rescorer, rescorer_file
 from motor_ray.distributed import tomograms
-from motor_ray.distributed.answering import Answerer
+from motor_ray.distributed.answering import Answerer, picture_of
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import ScoreFrames
-from motor_ray.distributed.tomograms import ATTEMPTS, SLAB_SLICES, TomogramDesk
+from motor_ray.distributed.serving import model_cards
+from motor_ray.distributed.tomograms import ATTEMPTS, SLAB_SLICES, Served, TomogramDesk, served
 from motor_ray.errors import OutageError, SliceCorruptError
 from motor_ray.motors.link import link_slabs
+from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
 from motor_ray.motors.second_look import second_look
+from motor_ray.service.backend import ModelCard
 from motor_ray.service.jobs import OVER, Jobs, new_id, new_record
-from motor_ray.service.settings import ServeSettings
+from motor_ray.service.settings import ServeSettings, ServiceSettings
 from motor_ray.service.together import all_or_none
 from motor_ray.storage import DEFAULTS, list_names
 from motor_ray.tables import MANIFEST, SLABS
@@ -104,8 +115,8 @@ def submitted(jobs, volume=VOLUME, spacing=13.0, **known):
     return record["id"]
 
 
-def desk_of(jobs, ask_slab, settings=SMALL, **limits):
-    return TomogramDesk(jobs, ask_slab, {"default": settings}, ServeSettings(**limits))
+def desk_of(jobs, ask_slab, settings=SMALL, model=None, **limits):
+    return TomogramDesk(jobs, ask_slab, {"default": model or Served(settings, None)}, ServeSettings(**limits))
 
 
 @contextlib.asynccontextmanager
@@ -127,11 +138,11 @@ async def until(what):
             await asyncio.sleep(0.01)
 
 
-def worked(jobs, *job_ids, ask_slab, settings=SMALL, **limits):
+def worked(jobs, *job_ids, ask_slab, settings=SMALL, model=None, **limits):
     """The records of some tomograms when they are over."""
 
     async def work():
-        async with working(desk_of(jobs, ask_slab, settings, **limits)):
+        async with working(desk_of(jobs, ask_slab, settings, model, **limits)):
             await until(lambda: all(jobs.read(one)["status"] in OVER for one in job_ids) and not jobs.waiting())
 
     asyncio.run(work())
@@ -182,6 +193,43 @@ def test_an_uploaded_tomogram_has_the_motors_of_bulk_detection(answerer, checkpo
             assert motor[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5)
         assert motor["z_angstrom"] == pytest.approx(24 * motor["z"])
     assert list_names(f"{jobs.uri}/volumes") == []
+
+
+def test_a_model_that_has_learned_to_re_score_does_so_in_the_endpoint_too(checkpoint, tmp_path, jobs):
+    model = tmp_path / "best"
+    shutil.copytree(checkpoint, model)
+
+    def found():
+        asked = ServiceSettings.model_validate({"serve": {"models": {"default": str(model)}}, "detect": SMALL.detect})
+        card = ModelCard(*model_cards(asked)["default"])
+        answerer = Answerer(card.uris, card.sha256, settings_from(card.settings), threads=1)
+        (record,) = worked(jobs, submitted(jobs), ask_slab=asked_of(answerer), model=served(card))
+        prepared = answerer.prepare_picture(png(VOLUME[0]), 13.0, 10**6)
+        picture = picture_of(prepared, answerer.look([prepared])[0], card.sha256)
+        assert all("features" not in one for one in picture["detections"])
+        assert len(picture["detections"]) > 0
+        return card, record["motors"]
+
+    plain, before = found()
+    head = Rescorer(PRESENT + 2 * FEATURES, len(GEOMETRY))
+    torch.nn.init.constant_(head.last.bias, 1.0)
+    (model / RESCORER).write_bytes(rescorer_file(head, plain.sha256, {}, []))
+    judging, after = found()
+    assert (plain.rescorer_sha256, judging.rescorer_sha256) == (None, rescorer_hash(str(model)))
+    assert len(after) == len(before) > 0
+    for one, other in zip(after, before, strict=True):
+        assert logit(one["score"]) == pytest.approx(logit(other["score"]) + 1, abs=1e-3)
+        assert (one["z"], one["y"], one["x"]) == (other["z"], other["y"], other["x"])
+
+
+def logit(score):
+    return np.log(score / (1 - score))
+
+
+def png(image):
+    data = io.BytesIO()
+    Image.fromarray(image.astype(np.uint8)).save(data, "PNG")
+    return data.getvalue()
 
 
 def test_each_slice_is_looked_at_once_and_the_first_look_goes_first(jobs):
