@@ -9,9 +9,10 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("motor_ray").setLevel(logging.INFO)
     try:
-        asked = parse(sys.argv[1:] if arguments is None else arguments)
+        with reader_may_leave(0):
+            asked = parse(sys.argv[1:] if arguments is None else arguments)
         # Ray, too, prints to stdout, which is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             result, code = asked.run()
@@ -70,8 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("motor-ray: stopped", file=sys.stderr)
         return 130
-    print(json.dumps(result, indent=2))
+    with reader_may_leave(int(code)):
+        print(json.dumps(result, indent=2))
     return int(code)
+
+
+@contextlib.contextmanager
+def reader_may_leave(code: int) -> Iterator[None]:
+    """A reader of stdout who has read enough, as `head` has, ends it without complaint: SystemExit with the `code`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        raise SystemExit(code) from None
 
 
 def parse(arguments: Sequence[str]) -> Verb:

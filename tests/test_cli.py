@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,16 @@ def test_ctrl_c_is_not_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr(VERBS["demo"], "run", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "motor-ray: stopped\n"
+
+
+@pytest.mark.parametrize("asked", ["detect --help", "--help"])
+def test_a_reader_who_has_read_enough_is_no_reason_to_complain(asked):
+    reads, writes = os.pipe()
+    os.close(reads)
+    program = [sys.executable, "-m", "motor_ray.cli", *asked.split()]
+    done = subprocess.run(program, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_an_unknown_setting_in_the_yaml_file_is_refused_with_the_nearest_name(tmp_path):
