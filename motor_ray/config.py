@@ -431,15 +431,16 @@ class LinkSettings(Settings):
     """Voxel spacing of a tomogram whose own is unknown; the commonest of the public data."""
 
 
-USUAL_THRESHOLD = 0.15
-"""Score from which a motor counts where nothing was learned: what the second of the Kaggle challenge took."""
+USUAL_THRESHOLD = 0.1
+"""Score from which a motor counts where nothing was learned: near the best F2 of most of our detectors on the simulated
+tomograms that `motor-ray bench accuracy` calibrates with, whose weaker detectors lose much at 0.15."""
 
 
 class EvaluateSettings(Settings):
     """How detections are compared with labels."""
 
     threshold: float | None = Field(None, ge=0, le=1)
-    """Score from which a motor counts. When not given, what `motor-ray calibrate` learned for the model, else 0.15.
+    """Score from which a motor counts. When not given, what `motor-ray calibrate` learned for the model, else 0.1.
     For scores that are probabilities the best threshold for an F-beta is that F-beta / (1 + beta^2) (Lipton et al.
     2014, arXiv 1402.1892): below 0.2 for F2, which forgives a false motor."""
 
@@ -448,7 +449,7 @@ class EvaluateSettings(Settings):
 
     @property
     def threshold_or_usual(self) -> float:
-        """`threshold`, or 0.15 if it is not given."""
+        """`threshold`, or 0.1 if it is not given."""
         return USUAL_THRESHOLD if self.threshold is None else self.threshold
 
 

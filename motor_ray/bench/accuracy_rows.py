@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, settings_of, short_hash
+from motor_ray.config import USUAL_THRESHOLD
 from motor_ray.errors import ConfigError
 
 Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "rescored", "none"]
@@ -76,12 +77,12 @@ ROWS: dict[str, Row] = {
         changes={"model": {"backbone": "resnet101"}},
     ),
     "uncalibrated": Row(
-        title="seed's model, threshold 0.15",
+        title=f"seed's model, threshold {USUAL_THRESHOLD:g}",
         role="seed",
         training="none",
         of=("seed",),
         what="the usual threshold, where every other row's was learned on validation tomograms",
-        changes={"evaluate": {"threshold": 0.15}},
+        changes={"evaluate": {"threshold": USUAL_THRESHOLD}},
     ),
     "light": Row(
         title="light",
