@@ -28,6 +28,7 @@ from motor_ray.motors.calibration import Calibration, calibration_at, origin_of
 from motor_ray.motors.link import link_slabs
 from motor_ray.refining import FOLDS, calibrate_run, folds, rescore_run
 from motor_ray.results import decided, evaluate_run, export_run
+from motor_ray.service.backend import ModelCard
 from motor_ray.service.settings import ServiceSettings
 from motor_ray.storage import join, read_json, read_table, write_json, write_table
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, PLAN, SLABS
@@ -274,17 +275,21 @@ def test_a_head_that_is_no_better_is_kept_only_by_force(tmp_path: Path, model: s
     assert rescorer_hash(model) is not None
 
 
-def test_scores_before_and_after_the_second_look_have_a_calibration_each(tmp_path: Path, model: str) -> None:
+def test_scores_before_and_after_the_second_look_have_a_calibration_each(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motor_ray.detector.inference.FEATURES", 2)  # as many as the runs here have
     sha256 = describe_checkpoint(model).sha256
     plain = learn(make_run(tmp_path / "plain", sha256), model)
     settings = ServiceSettings.model_validate({"serve": {"models": {"default": model}}})
+    before = ModelCard(*model_cards(settings)["default"])
     rescore(make_seen_run(tmp_path / "seen", sha256), model)
     kept = kept_of(model)
     assert kept is not None
     assert kept.threshold != plain["threshold"]
-    # The endpoint does not look twice.
-    shown = settings_from(model_cards(settings)["default"][2])
-    assert shown.evaluate.threshold == plain["threshold"]
+    after = ModelCard(*model_cards(settings)["default"])
+    thresholds = [settings_from(card.settings).evaluate.threshold for card in (before, after)]
+    assert thresholds == [plain["threshold"], kept.threshold]
 
 
 def test_the_calibration_that_comes_with_a_head_is_of_scores_by_heads_that_did_not_know_the_tomograms(

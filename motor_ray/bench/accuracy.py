@@ -29,6 +29,7 @@ from motor_ray.bench.accuracy_rows import ROWS, as_json, chosen
 from motor_ray.bench.accuracy_table import as_json as line_json
 from motor_ray.bench.accuracy_table import lines_of, markdown, requirements
 from motor_ray.bench.children import last_words
+from motor_ray.distributed.ledger import alone
 from motor_ray.errors import ConfigError, UnfinishedError
 from motor_ray.storage import read_json, write_bytes, write_json
 
@@ -47,8 +48,8 @@ def bench_accuracy(
     """Train and score what is not done yet of the rows `parts`, all without any; returns the whole table.
 
     Everything is kept in the folder `work`, where accuracy.json, accuracy.md and accuracy.png of all that is done
-    appear as well. Raises ConfigError for an unknown row or one whose package is missing, UnfinishedError at the end if
-    a row could not be done.
+    appear as well. Raises ConfigError for an unknown row or one whose package is missing, RunError if another one is at
+    work in the folder, UnfinishedError at the end if a row could not be done.
     """
     names = chosen(parts)
     if seeds < 1 or processes < 1:
@@ -56,13 +57,14 @@ def bench_accuracy(
     sizes, folder = sizes or Sizes(), Path(work).absolute()
     if "yolo" in names and importlib.util.find_spec("ultralytics") is None:
         raise ConfigError("the row yolo needs ultralytics: pip install 'motor-ray[bench]', or choose other --parts")
-    for part in SEEDS:
-        archive(folder, part, sizes)
     # Seed by seed, so that the table is whole early; those that need others last, so that nobody waits for them.
     ordered = sorted(names, key=lambda name: len(ROWS[name].of))
     jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in ordered]
-    failed = run_all([job for job in jobs if job.result is None], processes)
-    said = report(folder, sizes)
+    with alone(str(folder)):
+        for part in SEEDS:
+            archive(folder, part, sizes)
+        failed = run_all([job for job in jobs if job.result is None], processes)
+        said = report(folder, sizes)
     if failed:
         raise UnfinishedError(
             f"{folder}: {len(failed)} of {len(jobs)} could not be done: {'; '.join(failed)}. What could is in "

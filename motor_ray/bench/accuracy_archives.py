@@ -1,6 +1,6 @@
 """The tomograms of the accuracy benchmark: simulated, hard, and the same wherever they are made.
 
-    WORK/archives/<hash of what they are>/<part>-<tomograms>/<spacing>/train/..., train_labels.csv
+    WORK/archives/<part>-<hash of what they are>/<spacing>/train/..., train_labels.csv
 
 They are hard on purpose: low contrast, many distractors, and in the test voxel spacings that training did not see.
 """
@@ -34,6 +34,10 @@ SEEDS: dict[Part, int] = {"train": 7100, "validation": 7200, "calibration": 7500
 
 JUDGING: tuple[Part, ...] = ("calibration", "test")
 """What trained detectors look at whole."""
+
+MADE_WITH = ("shape", "train_counts", "motor_counts", "signal_to_noise", "clutter")
+ARCHIVE = (*MADE_WITH, "tomograms", "seen_spacings", "unseen_spacings")
+"""Names of the sizes that tomograms depend on, the first whatever they are for."""
 
 TOMOGRAMS_PER_PROCESS = 8
 """Fewer are simulated before another process has started."""
@@ -85,13 +89,14 @@ class Sizes:
     @property
     def training(self) -> str:
         """A short name: equal for sizes with which the same is learned, whatever it is judged with afterwards."""
-        learned = {part: count for part, count in self.parts.items() if part not in JUDGING}
-        return short_hash({**asdict(self), "tomograms": learned, "unseen_spacings": None})
+        shown = [archive_name(self, part) for part in self.parts if part not in JUDGING]
+        how = {name: value for name, value in asdict(self).items() if name not in ARCHIVE}
+        return short_hash([shown, how])
 
     @property
     def judging(self) -> str:
         """A short name: equal for sizes with which detectors are judged on the same tomograms."""
-        return short_hash([archive_key(self), *(self.parts[part] for part in JUDGING), self.unseen_spacings])
+        return short_hash([archive_name(self, part) for part in JUDGING])
 
 
 class Archive(NamedTuple):
@@ -141,9 +146,9 @@ def merged(settings: Changes, changes: Changes) -> dict[str, dict[str, Any]]:
 
 def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
     """The tomograms of a part; those that are not in the folder `work` yet are simulated there."""
-    spacings = sizes.seen_spacings + (sizes.unseen_spacings if part == "test" else ())
+    spacings = spacings_of(sizes, part)
     each, rest = divmod(sizes.parts[part], len(spacings))
-    folder = work / "archives" / archive_key(sizes) / f"{part}-{sizes.parts[part]}"
+    folder = work / "archives" / archive_name(sizes, part)
     groups = []
     for place, spacing in enumerate(spacings):
         where = folder / f"{spacing:g}"
@@ -158,10 +163,15 @@ def archive(work: Path, part: Part, sizes: Sizes) -> Archive:
     return Archive(pa.concat_tables([one.manifest for one in groups]).sort_by("tomo_id"), Labels(*tables))
 
 
-def archive_key(sizes: Sizes) -> str:
-    """A short name: equal for sizes that make the same tomograms, however many."""
-    made = ("shape", "seen_spacings", "unseen_spacings", "train_counts", "motor_counts", "signal_to_noise", "clutter")
-    return short_hash({name: value for name, value in asdict(sizes).items() if name in made})
+def spacings_of(sizes: Sizes, part: Part) -> tuple[float, ...]:
+    """The voxel spacings of a part, for about as many tomograms each."""
+    return sizes.seen_spacings + (sizes.unseen_spacings if part == "test" else ())
+
+
+def archive_name(sizes: Sizes, part: Part) -> str:
+    """The folder of a part: the same for sizes that make it of the same tomograms."""
+    made = [getattr(sizes, name) for name in MADE_WITH]
+    return f"{part}-{short_hash([part, made, sizes.parts[part], spacings_of(sizes, part)])}"
 
 
 def short_hash(value: Any) -> str:

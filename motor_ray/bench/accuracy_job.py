@@ -7,9 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from motor_ray.bench.accuracy_archives import Sizes, settings_of
+from motor_ray.bench.accuracy_archives import Sizes
 from motor_ray.bench.accuracy_peers import PeerLooker, load_peer
-from motor_ray.bench.accuracy_rows import LEARNED_BEFORE, PEERS, ROWS, Keys, Row, changes_of, keys_of
+from motor_ray.bench.accuracy_rows import (
+    AFTER_LOOKING,
+    LEARNED_BEFORE,
+    PEERS,
+    ROWS,
+    Keys,
+    Row,
+    keys_of,
+    settings_of_row,
+)
 from motor_ray.config import RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import SNAPSHOTS, find_checkpoints
@@ -35,7 +44,7 @@ class Job(NamedTuple):
     @property
     def settings(self) -> RunSettings:
         """Of its training, and of how it looks."""
-        return settings_of(self.sizes, self.seed, changes_of(self.name))
+        return settings_of_row(self.name, self.seed, self.sizes)
 
     @property
     def needs(self) -> list["Job"]:
@@ -54,8 +63,10 @@ class Job(NamedTuple):
 
     @property
     def seen_by(self) -> "Job":
-        """The job that looks at the slices: one that it needs, if that looks at the same with the same models."""
-        return next((need for need in self.needs if need.keys.looked == self.keys.looked), self)
+        """The job that looks at the slices: the one that it needs, if only what comes afterwards is another."""
+        if self.row.training != "none" or len(self.needs) != 1 or set(self.row.changes) - set(AFTER_LOOKING):
+            return self
+        return self.needs[0]
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from motor_ray.bench.accuracy_archives import Changes, Sizes, merged, settings_of, short_hash
-from motor_ray.config import USUAL_THRESHOLD
+from motor_ray.bench.accuracy_archives import Changes, Sizes, archive_name, merged, settings_of, short_hash
+from motor_ray.config import USUAL_THRESHOLD, RunSettings
 from motor_ray.errors import ConfigError
 
 Training = Literal["ours", "retinanet", "fcos", "yolo", "pretrained", "pseudo", "soup", "rescored", "none"]
@@ -35,6 +35,9 @@ class Row:
 
     of: tuple[str, ...] = ()
     """Rows that are done before, with the same seed, because their models are used."""
+
+    times_longer: int = 1
+    """So many times the epochs of the others."""
 
     version: int = 1
     """One more whenever the row's code changes what comes of it: results before are no longer any."""
@@ -121,7 +124,8 @@ ROWS: dict[str, Row] = {
         title="2.5-D, twice as long",
         role="more data",
         what="2.5-D on the same tomograms, for about as many frames as the two rows above were shown",
-        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}, "train": {"epochs": 18}},
+        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}},
+        times_longer=2,
     ),
     "rescored": Row(
         title="+ re-scoring",
@@ -129,6 +133,14 @@ ROWS: dict[str, Row] = {
         training="rescored",
         of=("seed",),
         what="a small head, learned on calibration tomograms, judges what the seed's model linked",
+        changes={"detect": {"features": True}},
+    ),
+    "slices-rescored": Row(
+        title="2.5-D, re-scoring",
+        role="more data",
+        training="rescored",
+        of=("slices",),
+        what="the same of what 2.5-D linked",
         changes={"detect": {"features": True}},
     ),
     "tta": Row(
@@ -174,19 +186,27 @@ class Keys(NamedTuple):
 
 
 AFTER_LOOKING = ("link", "evaluate")
-"""Groups of settings that neither training nor looking at slices asks."""
+"""Groups of settings that bear on neither training nor looking, in archives of known spacings and slices of one frame;
+but on what pseudo-labels are."""
 
 
 def keys_of(name: str, seed: int, sizes: Sizes) -> Keys:
     """The keys of a row with a seed; those of a step change with all that the steps before depend on."""
-    row, settings = ROWS[name], settings_of(sizes, seed, changes_of(name)).model_dump(mode="json")
-    needs = [keys_of(one, seed, sizes) for one in row.of]
-    before = [need.scored if row.training == "pseudo" else need.trained for need in needs]
+    row, settings = ROWS[name], settings_of_row(name, seed, sizes).model_dump(mode="json")
+    before: list[Any] = [keys_of(one, seed, sizes).trained for one in row.of]
     asked = {group: own for group, own in settings.items() if group not in AFTER_LOOKING}
+    if row.training == "pseudo":
+        linked = [settings_of_row(one, seed, sizes).model_dump(mode="json") for one in row.of]
+        before += [archive_name(sizes, "calibration"), linked, settings]
     trained = short_hash([sizes.training, row.version, row.training, asked, before])
-    answering = before if row.training in LEARNED_BEFORE else [trained]
-    looked = short_hash([answering, sizes.judging, asked])
+    looked = short_hash([trained, sizes.judging])
     return Keys(trained, looked, short_hash([looked, name, settings]))
+
+
+def settings_of_row(name: str, seed: int, sizes: Sizes) -> RunSettings:
+    """All settings of a row with a seed: of its training, and of how it looks."""
+    longer = {"train": {"epochs": ROWS[name].times_longer * sizes.epochs}}
+    return settings_of(sizes, seed, merged(changes_of(name), longer))
 
 
 def changes_of(name: str) -> Changes:

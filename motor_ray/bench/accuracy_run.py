@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,15 @@ from motor_ray.bench.accuracy_archives import JUDGING, Archive, archive
 from motor_ray.bench.accuracy_job import Job, from_json, looking_of, models_of, parameters_of, said_with
 from motor_ray.bench.accuracy_peers import PeerTrainee
 from motor_ray.bench.accuracy_rows import LEARNED_BEFORE, PEERS
-from motor_ray.bench.accuracy_scores import average_precisions, learn_rescoring, link_run, look_over, scores_of
+from motor_ray.bench.accuracy_scores import (
+    ALARMS,
+    alarms,
+    average_precisions,
+    learn_rescoring,
+    link_run,
+    look_over,
+    scores_of,
+)
 from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of, fit
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
@@ -45,27 +52,20 @@ Step = Callable[[Job], dict[str, Any]]
 
 def run_row(job: Job) -> None:
     """Train, look at all slices, score: whatever of it is not done."""
-    keys = job.keys
-    for name, key, step in (
-        ("trained", keys.trained, train_row),
-        ("looked", keys.looked, look_row),
-        ("result", keys.scored, score_row),
-    ):
-        do_once(job, job.folder / f"{name}.json", key, step)
-
-
-def do_once(job: Job, file: Path, key: str, step: Step) -> None:
-    """Take a step and write what it says into the `file`, unless it has been taken with this key."""
-    if said_with(file, key):
-        return
-    file.unlink(missing_ok=True)  # what it spoke of is being replaced
-    started = time.process_time()
-    said = step(job)
-    write_json(str(file), {"key": key, **said, "cpu_seconds": round(time.process_time() - started, 1)})
+    files = [job.folder / f"{name}.json" for name in ("trained", "looked", "result")]
+    steps: list[Step] = [train_row, look_row, score_row]
+    for place, (file, key, step) in enumerate(zip(files, job.keys, steps, strict=True)):
+        if said_with(file, key):
+            continue
+        for later in files[place:]:
+            later.unlink(missing_ok=True)  # what they speak of is being replaced
+        started = time.process_time()
+        said = step(job)
+        write_json(str(file), {"key": key, **said, "cpu_seconds": round(time.process_time() - started, 1)})
 
 
 def train_row(job: Job) -> dict[str, Any]:
-    """Make the row's models, if it has any of its own; how many frames were learned, what each validation said."""
+    """See `learn`."""
     train, validation = (archive(job.work, part, job.sizes) for part in ("train", "validation"))
     history, images = learn(job, train, validation)
     return {"images": images, "history": [slices_of(line) for line in history]}
@@ -98,7 +98,7 @@ def score_row(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "simulated": True,
         "scores": scores_of(runs[0], runs[1], (calibration.labels, test.labels), job.sizes.unseen_spacings),
-        "calibration": average_precisions(runs[0], calibration.labels),
+        "calibration": {**average_precisions(runs[0], calibration.labels), ALARMS: alarms(runs[0], calibration.labels)},
         "parameters": looked["parameters"],
         "training_images": trained["images"] + sum(need.done["training_images"] for need in job.needs),
         "history": trained["history"],
@@ -106,7 +106,7 @@ def score_row(job: Job) -> dict[str, Any]:
 
 
 def learn(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
-    """As `train_row`."""
+    """Make the row's models, if it has any of its own; what each validation said, and how many frames were learned."""
     settings = job.settings
     if job.row.training in LEARNED_BEFORE:
         return [], 0
@@ -125,7 +125,7 @@ def learn(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], in
 
 
 def train_on_pseudo_labels(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], int]:
-    """The needed row's model goes on with what it is sure of on unlabelled tomograms; returns as `train_row`."""
+    """The needed row's model goes on with what it is sure of on unlabelled tomograms; returns as `learn`."""
     [teacher], settings = job.needs, job.settings
     unlabelled = archive(job.work, "unlabelled", job.sizes)
     found = job.folder / "unlabelled"

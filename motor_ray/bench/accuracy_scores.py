@@ -40,6 +40,9 @@ Floats = NDArray[np.float64]
 RECALL = 0.9
 """At which false positives are counted."""
 
+ALARMS = "false_positives_at_recall"
+"""What their number is called among scores."""
+
 
 class Scorer(ScoreFrames):
     """ScoreFrames with any detector in it."""
@@ -105,7 +108,7 @@ def scores_of(calibration: Path, test: Path, labels: tuple[Labels, Labels], unse
         **{name: tomograms[name] for name in ("f2", "precision", "recall")},
         "f2_unseen_spacings": far.f_beta(2),
         "localisation_error_angstrom": motors["localisation_error_angstrom_median"],
-        "false_positives_at_recall": false_positives(motors_of(test), best, RECALL, settings.radius_angstrom),
+        ALARMS: alarms(test, labels[1]),
         "threshold": threshold,
     }
 
@@ -153,6 +156,12 @@ def motors_of(run: Path) -> pd.DataFrame:
 def best_table(run: Path, labels: Labels) -> pd.DataFrame:
     """One row per tomogram, see `best_motors`."""
     return best_motors(motors_of(run), labels.motors, labels.tomograms)
+
+
+def alarms(run: Path, labels: Labels) -> float | None:
+    """The `false_positives` of a finished run at RECALL, within the radius of its settings."""
+    radius = run_settings(str(run)).evaluate.radius_angstrom
+    return false_positives(motors_of(run), best_table(run, labels), RECALL, radius)
 
 
 def false_positives(motors: pd.DataFrame, best: pd.DataFrame, recall: float, radius_angstrom: float) -> float | None:

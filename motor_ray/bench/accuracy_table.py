@@ -1,9 +1,11 @@
 """The accuracy benchmark's results as a table: means over seeds, what they say about what was asked."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from motor_ray.bench.accuracy_rows import ROWS, Role
+from motor_ray.bench.accuracy_scores import ALARMS
 from motor_ray.bench.verdict import Wanted, judge
 from motor_ray.distributed.ablation import Estimate, estimate
 
@@ -19,11 +21,11 @@ SCORES = {
     "precision": "P",
     "recall": "R",
     "localisation_error_angstrom": "error, Å",
-    "false_positives_at_recall": "false positives",
+    ALARMS: "false positives",
 }
 """Scores of a result, and what the table calls them."""
 
-DECIMALS = {"localisation_error_angstrom": 0, "false_positives_at_recall": 2}
+DECIMALS = {"localisation_error_angstrom": 0, ALARMS: 2}
 
 LEAST_NOISE = 0.001
 """Seeds that agree by chance make no difference endless."""
@@ -40,7 +42,7 @@ WANTED: Wanted = {
     "ensemble_gain": (">=", 0.02, "best ensemble's F2 over the best single model's, as a share of it"),
     "light_f2": (">=", 0.0, "light model's F2 less that of the seed's model with its own backbone, a ResNet-101"),
     "light_time": ("<=", 0.25, "light model's time per slice over that of the same"),
-    "false_positives": ("<=", 0.05, "per motor-free tomogram at recall 0.9, of the best of ours, whatever it costs"),
+    "false_positives": ("<=", 0.05, "per motor-free tomogram at recall 0.9, of ours with the fewest there"),
 }
 
 
@@ -70,7 +72,7 @@ class Line(NamedTuple):
         better.
         """
         values = [result["scores"][name] for result in self.results.values()]
-        return None if name == "false_positives_at_recall" and None in values else estimate(values)
+        return None if name == ALARMS and None in values else estimate(values)
 
     def rank(self) -> float:
         """What the best of our rows is chosen by: mAP@0.5 on calibration tomograms, as training chooses epochs.
@@ -79,6 +81,15 @@ class Line(NamedTuple):
         """
         one = estimate(result["calibration"]["mAP@0.5"] for result in self.results.values())
         return one.mean if one else 0.0
+
+    def fewest_alarms(self) -> tuple[float, float]:
+        """By which the one with the fewest false positives is chosen: those on calibration tomograms, then `rank`.
+
+        Scores by a head that re-scores are there those of heads that did not know the tomogram.
+        """
+        counts = [result["calibration"][ALARMS] for result in self.results.values()]
+        one = None if None in counts else estimate(counts)
+        return (-one.mean if one else -math.inf, self.rank())
 
     def over(self, seeds: Iterable[int]) -> "Line":
         """Of these seeds alone."""
@@ -108,9 +119,9 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 NOTES = (
-    "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, from random weights. But "
-    "those with a self-supervised start or pseudo-labels also saw tomograms without labels, and re-scoring learned "
-    "from the calibration tomograms.",
+    "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, for as long, from random "
+    "weights. But those with a self-supervised start or pseudo-labels also saw tomograms without labels, one learned "
+    "for twice as long, and re-scoring learned from the calibration tomograms.",
     "mAP on the test's slices that show a motor and as many that clearly show none. F2, P and R on whole tomograms, "
     "by the official metric, at the threshold that was best on calibration tomograms. False positives: motors found in "
     "each motor-free tomogram at the threshold with recall 0.9, if every seed gets there. Images: frames that training "
@@ -158,8 +169,8 @@ def requirements(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     if seed and light:
         said["light_f2"] = compare(light, seed, lambda one, other: one - other)
         said["light_time"] = Said(times(light.milliseconds, seed.milliseconds), said["light_f2"].of)
-    if ours := best(lines, (*SINGLE, "more data", "ensemble")):
-        alarms = ours.score("false_positives_at_recall")
+    if ours := max((line for line in lines if line.role != "peer"), key=Line.fewest_alarms, default=None):
+        alarms = ours.score(ALARMS)
         said["false_positives"] = Said(alarms.mean if alarms else None, named(ours))
     return {name: verdict(name, one) for name, one in said.items()}
 

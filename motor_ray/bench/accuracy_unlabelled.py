@@ -52,17 +52,17 @@ def pretrain_backbone(
 
 
 def with_pseudo_labels(
-    labelled: Archive, unlabelled: pa.Table, found: Path, validation: tuple[Archive, Path], settings: RunSettings
+    labelled: Archive, unlabelled: pa.Table, found: Path, known: tuple[Archive, Path], settings: RunSettings
 ) -> Archive:
     """`labelled` and those of the `unlabelled` tomograms (a MANIFEST) of which a model is sure.
 
-    `found` is a finished run of the model on them; `validation` are others, whose labels say from which scores on it
-    may be, and its run on these. Raises UnfinishedError if it is sure of no motor.
+    `found` is a finished run of the model on them; `known` are others, whose labels say from which scores on it may
+    be, and its run on these. Raises UnfinishedError if it is sure of no motor.
     """
     nothing = FAILURES.empty_table()
     data = Data(str(found), labelled.manifest, labelled.labels, unlabelled, nothing, settings, (1, 1))
-    known, looked = validation
-    choice = chosen(data, str(found), sure_of(data._replace(labels=known.labels), str(looked)))
+    others, looked = known
+    choice = chosen(data, str(found), sure_of(data._replace(labels=others.labels), str(looked)))
     if not choice.with_motor:
         raise UnfinishedError(f"{found}: the model is sure of no motor, so there is nothing that it could teach")
     believed = pc.is_in(unlabelled["tomo_id"], pa.array([*choice.with_motor, *choice.negatives]))

@@ -208,7 +208,7 @@ def model_cards(settings: ServiceSettings) -> dict[str, list[Any]]:
         there = describe_models(checkpoints_of(uris))
         asked = RunSettings(archive=settings.archive, detect=detect, link=settings.link)
         trained = settings_of_model(there.settings, asked)
-        learned = learned_of(there, trained)
+        learned = learned_of(there, trained)  # its head, too, so that a damaged one is refused here
         trained = learned.settings_for(trained)
         if learned.calibration:
             evaluate = trained.evaluate.model_copy(update={"threshold": learned.calibration["threshold"]})

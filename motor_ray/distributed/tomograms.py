@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 from motor_ray.archive.discover import discover
 from motor_ray.archive.plan import looks, make_plan, z_stride
 from motor_ray.config import RunSettings, settings_from
+from motor_ray.detector.description import rescorer_hash
 from motor_ray.distributed.learned import rescoring
-from motor_ray.errors import MotorRayError, OutageError, TomogramError
+from motor_ray.errors import CheckpointError, MotorRayError, OutageError, TomogramError
 from motor_ray.motors.link import Rescore, link_slabs, slices_of
 from motor_ray.motors.second_look import second_look
 from motor_ray.service.backend import ModelCard
@@ -45,6 +46,9 @@ POLL_SECONDS = 2.0
 NOTE_SECONDS = 1.0
 """How often the storage hears how far a tomogram is."""
 
+CHANGEOVER_POLLS = 60
+"""How often a detector is asked that has yet to be replaced, POLL_SECONDS apart."""
+
 ATTEMPTS = 3
 """Times that a tomogram is begun; one that ends its process, or its detectors, each time is given up."""
 
@@ -67,9 +71,20 @@ class Served(NamedTuple):
 
 
 def served(card: ModelCard) -> Served:
-    """The model of a card. Raises CheckpointError if the head that it learned is not there."""
-    rescore = rescoring(card.uris[0], card.sha256) if card.rescorer_sha256 else None
-    return Served(settings_from(card.settings), rescore)
+    """The model of a card. Raises CheckpointError if the head that it had learned then is not there any more."""
+    if card.rescorer_sha256 is None:
+        return Served(settings_from(card.settings), None)
+    if rescorer_hash(card.uris[0]) != card.rescorer_sha256:
+        raise CheckpointError(
+            f"{card.uris[0]}: has learned to re-score anew, or not any more, since the endpoint was started; deploy it "
+            "again, so that the threshold is that of the same scores"
+        )
+    return Served(settings_from(card.settings), rescoring(card.uris[0], card.sha256))
+
+
+def has_features(slab: Mapping[str, Any]) -> bool:
+    """Whether every detection of a SLABS row has the features by which candidates are judged."""
+    return all(box.get("features") for entry in slab["slices"] for box in entry["detections"])
 
 
 class TomogramDesk:
@@ -153,13 +168,13 @@ class TomogramDesk:
         spacing = row["voxel_spacing_angstrom"]
         check_volume((row["size_z"], row["size_y"], row["size_x"]), spacing, self.settings.image_pixels)
         stride = z_stride(spacing, settings)
-        slabs = await self._score(record, row, looks(row["size_z"], stride))
+        slabs = await self._score(record, row, model, looks(row["size_z"], stride))
         sizes, strides = {row["tomo_id"]: row["size_z"]}, {row["tomo_id"]: stride}
         again = second_look(slabs, sizes, strides, settings.detect).get(row["tomo_id"], [])
-        slabs = pa.concat_tables([slabs, await self._score(record, row, again)])
+        slabs = pa.concat_tables([slabs, await self._score(record, row, model, again)])
         return await asyncio.to_thread(found_in, slabs, row, model)
 
-    async def _score(self, record: Record, row: Mapping[str, Any], zs: list[int]) -> pa.Table:
+    async def _score(self, record: Record, row: Mapping[str, Any], model: Served, zs: list[int]) -> pa.Table:
         """The SLABS of some slices of a tomogram."""
         plan = make_plan([dict(row)], {row["tomo_id"]: zs}, SLAB_SLICES).to_pylist()
         await self._note(record, slices_planned=record["slices_planned"] + len(zs))
@@ -168,7 +183,7 @@ class TomogramDesk:
         async def one(slab: Mapping[str, Any]) -> Mapping[str, Any]:
             nonlocal noted
             async with room:
-                answer = await self.ask(slab, record["model_name"])
+                answer = await self._answer(slab, record["model_name"], model)
             record["model"] = answer["model"]
             record["slices_done"] += len(slab["zs"])
             # One note at a time: an older one must not arrive after a newer one.
@@ -181,6 +196,15 @@ class TomogramDesk:
         answers = await all_or_none(one(slab) for slab in plan)
         rows = [{name: answer[name] for name in SLABS.names} for answer in answers]
         return pa.Table.from_pylist(rows, schema=SLABS)
+
+    async def _answer(self, slab: Mapping[str, Any], name: str, model: Served) -> Mapping[str, Any]:
+        """What a detector says of a PLAN row. Raises OutageError if none tells the features that re-scoring takes."""
+        for _ in range(CHANGEOVER_POLLS):
+            answer = await self.ask(slab, name)
+            if model.rescore is None or has_features(answer):
+                return answer
+            await asyncio.sleep(POLL_SECONDS)  # a detector from before the model had learned it is being replaced
+        raise OutageError(f"No detector tells the features by which the model {name!r} judges what it finds")
 
     async def _note(self, record: Record, **changes: Any) -> None:
         """Write down how far a tomogram is. Raises TomogramError if there is no more to be done about it."""

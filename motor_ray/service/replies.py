@@ -177,7 +177,7 @@ class Model(Reply):
     """Peaks below this are never reported."""
 
     presence_threshold: float
-    """Score from which a motor counts, if one has to decide."""
+    """Score from which a motor of a tomogram counts, if one has to decide."""
 
     box_pixels: float
     """Edge of the boxes that the model was taught, in pixels of its frames, unless `box_angstrom` is given."""

@@ -71,9 +71,7 @@ export function contrastAfter(moved) {
 export function showModel(model) {
   at("model").replaceChildren(...model.models.map((name) => new Option(name, name, false, name === model.name)));
   at("model-field").hidden = model.models.length < 2;
-  const start = Math.max(model.score_threshold, model.presence_threshold ?? 0);
-  // The endpoint reports nothing lower. Hundredths, so that the slider's steps are round numbers.
-  Object.assign(at("threshold"), { min: Math.floor(model.score_threshold * 100) / 100, value: start });
+  at("threshold").value = model.presence_threshold;
   at("version").textContent = `motor_ray ${model.motor_ray}`;
   Object.assign(at("model-name"), { textContent: `model ${model.name} · ${model.sha256.slice(0, 12)}`, title: `SHA-256 ${model.sha256}` });
 }

@@ -23,7 +23,7 @@ from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.distributed.serving import model_cards
 from motor_ray.distributed.tomograms import ATTEMPTS, SLAB_SLICES, Served, TomogramDesk, served
-from motor_ray.errors import OutageError, SliceCorruptError
+from motor_ray.errors import CheckpointError, OutageError, SliceCorruptError
 from motor_ray.motors.link import link_slabs
 from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
 from motor_ray.motors.second_look import second_look
@@ -220,6 +220,34 @@ def test_a_model_that_has_learned_to_re_score_does_so_in_the_endpoint_too(checkp
     for one, other in zip(after, before, strict=True):
         assert logit(one["score"]) == pytest.approx(logit(other["score"]) + 1, abs=1e-3)
         assert (one["z"], one["y"], one["x"]) == (other["z"], other["y"], other["x"])
+
+
+def test_a_head_that_changed_since_the_endpoint_was_started_is_refused(checkpoint, tmp_path):
+    model = tmp_path / "best"
+    shutil.copytree(checkpoint, model)
+    card = ModelCard([str(model)], SHA, SMALL.model_dump(mode="json"), {}, [], rescorer_sha256="cd" * 32)
+    with pytest.raises(CheckpointError, match="deploy it again"):
+        served(card)
+
+
+def test_a_detector_from_before_the_model_re_scored_is_asked_again_until_it_is_replaced(jobs, monkeypatch):
+    class Replaced(Asked):
+        def slices(self, plan):
+            own = super().slices(plan)
+            if len(self.slabs) > 8:
+                boxes = [box for entry in own for box in entry["detections"]]
+                for box in boxes:
+                    box["features"] = b"12"
+            return own
+
+    def judged(linked):
+        return [0.25] * len(linked.candidates)
+
+    (record,) = worked(jobs, submitted(jobs), ask_slab=Replaced(), model=Served(SMALL, judged))
+    assert [motor["score"] for motor in record["motors"]] == [0.25]
+    monkeypatch.setattr(tomograms, "CHANGEOVER_POLLS", 2)
+    (record,) = worked(jobs, submitted(jobs), ask_slab=Asked(), model=Served(SMALL, judged))
+    assert (record["status"], record["attempts"]) == ("failed", ATTEMPTS + 1)
 
 
 def logit(score):

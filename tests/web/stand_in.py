@@ -29,7 +29,7 @@ MODEL = {
     "frame_mode": "fit",
     "in_slices": 1,
     "score_threshold": 0.1,
-    "presence_threshold": 0.1,
+    "presence_threshold": 0.15,
     "re_scored": False,
     "box_pixels": 100.0,
     "box_angstrom": None,
