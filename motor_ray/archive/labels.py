@@ -7,6 +7,7 @@ import io
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ TOMOGRAM_COLUMNS = ["tomo_id", "size_z", "size_y", "size_x", "voxel_spacing_angs
 MOTOR_COLUMNS = ["tomo_id", "z", "y", "x"]
 
 NO_MOTOR = -1.0
+
+NOWHERE = np.empty((0, 3))
 
 Part = Literal["train", "validation", "test"]
 
@@ -56,13 +59,12 @@ class Labels:
 
     def spacing_of(self, tomo_id: str) -> float:
         """The tomogram's voxel spacing in angstrom. Raises LabelsError for one that the labels do not mention."""
-        known = self.tomograms.loc[self.tomograms["tomo_id"] == tomo_id, "voxel_spacing_angstrom"]
-        if known.empty:
+        if tomo_id not in self._spacings:
             raise LabelsError(
                 f"{tomo_id}: is not among the {len(self.tomograms)} tomograms of the labels; "
                 "leave it out, or give it a row of -1 if it holds no motor"
             )
-        return float(known.iloc[0])
+        return self._spacings[tomo_id]
 
     def motors_of(self, tomo_id: str) -> np.ndarray:
         """`(n, 3)` float64 positions z, y, x in voxels, `(0, 3)` for a tomogram without a motor.
@@ -70,15 +72,31 @@ class Labels:
         Raises LabelsError for a tomogram that the labels do not mention: nothing is known about it.
         """
         self.spacing_of(tomo_id)
-        return _places(self.motors, tomo_id)
+        return self._motors.get(tomo_id, NOWHERE).copy()
 
     def doubtful_of(self, tomo_id: str) -> np.ndarray:
         """`(n, 3)` float64 positions z, y, x in voxels, of what may be a motor or not."""
-        return _places(self.doubtful, tomo_id)
+        return self._doubtful.get(tomo_id, NOWHERE).copy()
+
+    # Looked up for every sample of a training, for which pandas would compare all ids each time.
+
+    @cached_property
+    def _spacings(self) -> dict[str, float]:
+        columns = (self.tomograms[name].tolist() for name in ("tomo_id", "voxel_spacing_angstrom"))
+        return dict(zip(*columns, strict=True))
+
+    @cached_property
+    def _motors(self) -> dict[str, np.ndarray]:
+        return _places(self.motors)
+
+    @cached_property
+    def _doubtful(self) -> dict[str, np.ndarray]:
+        return _places(self.doubtful)
 
 
-def _places(table: pd.DataFrame, tomo_id: str) -> np.ndarray:
-    return table.loc[table["tomo_id"] == tomo_id, ["z", "y", "x"]].to_numpy(np.float64)
+def _places(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    places = table[["z", "y", "x"]].to_numpy(np.float64)
+    return {str(tomo_id): places[rows] for tomo_id, rows in table.groupby("tomo_id").indices.items()}
 
 
 def read_labels(uri: str, settings: ArchiveSettings = DEFAULTS) -> Labels:
