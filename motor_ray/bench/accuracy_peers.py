@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -41,9 +41,6 @@ WEIGHTS = "peer.safetensors"
 
 MARGIN = 1000.0
 """Pixels by which boxes are moved away from a frame's edges before torchvision cuts them off there."""
-
-CHANNELS = 256
-"""Of torchvision's pyramids."""
 
 ANCHORS = 9
 """Of torchvision's RetinaNet, at each place."""
@@ -144,9 +141,9 @@ class _CoarseLevels(LastLevelP6P7):  # type: ignore[misc]
 
 def retinanet(settings: RunSettings) -> RetinaNet:
     """Torchvision's second version, normalised heads and GIoU: the first hardly learns in so few steps."""
-    head = RetinaNetHead(CHANNELS, ANCHORS, 1, norm_layer=partial(nn.GroupNorm, 32))
+    head = RetinaNetHead(settings.model.neck_channels, ANCHORS, 1, norm_layer=partial(nn.GroupNorm, 32))
     head.regression_head._loss_type = "giou"
-    return _RetinaNet(pyramid(settings.model.backbone), num_classes=1, head=head, **images_as_they_are(settings))
+    return _RetinaNet(pyramid(settings), num_classes=1, head=head, **images_as_they_are(settings))
 
 
 def fcos(settings: RunSettings) -> FCOS:
@@ -155,7 +152,7 @@ def fcos(settings: RunSettings) -> FCOS:
     Distances to a box's edges end in a ReLU, and start at zero in torchvision: depending on the seed one of the four
     is dead from the first step on.
     """
-    network = _FCOS(pyramid(settings.model.backbone), num_classes=1, **images_as_they_are(settings))
+    network = _FCOS(pyramid(settings), num_classes=1, **images_as_they_are(settings))
     edge = settings.targets.box_pixels / 2 / FINEST_STRIDE
     nn.init.constant_(network.head.regression_head.bbox_reg.bias, edge)
     return network
@@ -167,10 +164,15 @@ def images_as_they_are(settings: RunSettings) -> dict[str, Any]:
     return {"min_size": size, "max_size": size, "image_mean": [0.0], "image_std": [1.0], "_skip_resize": True}
 
 
-def pyramid(backbone: str) -> BackboneWithFPN:
-    """Torchvision's feature pyramid, strides 8 to 128, on a ResNet that starts as ours does."""
-    body = get_model(backbone, weights=None, zero_init_residual=True)
-    return _resnet_fpn_extractor(body, 5, returned_layers=[2, 3, 4], extra_blocks=_CoarseLevels(CHANNELS, CHANNELS))
+def pyramid(settings: RunSettings) -> BackboneWithFPN:
+    """Torchvision's feature pyramid, strides 8 to 128, as wide as ours, on a ResNet that starts as ours does."""
+    body, width = (
+        get_model(settings.model.backbone, weights=None, zero_init_residual=True),
+        settings.model.neck_channels,
+    )
+    stages = {f"layer{stage}": str(level) for level, stage in enumerate((2, 3, 4))}
+    channels = [body.inplanes // share for share in (4, 2, 1)]
+    return BackboneWithFPN(body, stages, channels, width, extra_blocks=_CoarseLevels(width, width))
 
 
 def build_peer(name: str, settings: RunSettings) -> nn.Module:

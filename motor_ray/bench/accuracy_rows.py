@@ -148,8 +148,8 @@ ROWS: dict[str, Row] = {
         role="ensemble",
         training="none",
         of=("seed",),
-        what="the seed's model looks at each frame eight times, mirrored, turned, and with other grey levels",
-        changes={"detect": {"tta": "full"}},
+        what="the seed's model looks at each frame twice, as it is and mirrored",
+        changes={"detect": {"tta": "fast"}},
     ),
     "snapshot": Row(
         title="+ snapshots",

@@ -5,7 +5,7 @@ python -m motor_ray.bench.accuracy_run JOB.json
 In WORK/rows/<sizes>/<row>-<seed>/ appear, step by step, each kept until what it depends on changes:
 
     best/, snapshots/ or a peer's weights, trained.json   train
-    seen/calibration.parquet, test.parquet, looked.json   look at every slice of whole tomograms
+    seen/calibration.parquet, test.parquet, looked.json   look at slices of whole tomograms
     calibration/, test/, result.json                      link, as finished runs, and score
 """
 
@@ -51,7 +51,7 @@ Step = Callable[[Job], dict[str, Any]]
 
 
 def run_row(job: Job) -> None:
-    """Train, look at all slices, score: whatever of it is not done."""
+    """Train, look at whole tomograms, score: whatever of it is not done."""
     files = [job.folder / f"{name}.json" for name in ("trained", "looked", "result")]
     steps: list[Step] = [train_row, look_row, score_row]
     for place, (file, key, step) in enumerate(zip(files, job.keys, steps, strict=True)):
@@ -72,7 +72,7 @@ def train_row(job: Job) -> dict[str, Any]:
 
 
 def look_row(job: Job) -> dict[str, Any]:
-    """Look at all slices of the tomograms that detectors are judged by, unless a row that it needs has done the same.
+    """Look at the tomograms that detectors are judged by, unless a row that it needs has done the same.
 
     Returns how large the detector is.
     """

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
-from motor_ray.archive.plan import make_plan
+from motor_ray.archive.plan import first_look
 from motor_ray.bench.accuracy_archives import Archive
 from motor_ray.config import EvaluateSettings, RunSettings
 from motor_ray.detector.rescore import train_rescorer
@@ -52,7 +52,7 @@ class Scorer(ScoreFrames):
 
 
 def look_over(archive: Archive, look: Looking, settings: RunSettings) -> pa.Table:
-    """The SLABS of every slice of an archive. Raises UnfinishedError if a slice could not be looked at."""
+    """The SLABS of a first look at an archive. Raises UnfinishedError if a slice could not be looked at."""
     plan = plan_of(archive, settings)
     load, score = LoadSlab(settings, contrasts=settings.detect.contrasts), Scorer(settings, look)
     slabs = pa.concat_tables([score(load(plan.slice(place, 1))) for place in range(len(plan))])
@@ -66,9 +66,8 @@ def look_over(archive: Archive, look: Looking, settings: RunSettings) -> pa.Tabl
 
 
 def plan_of(archive: Archive, settings: RunSettings) -> pa.Table:
-    """The PLAN of all slices of an archive."""
-    rows = archive.manifest.to_pylist()
-    return make_plan(rows, {row["tomo_id"]: range(row["size_z"]) for row in rows}, settings.detect.longest_slab)
+    """The PLAN of a first look at an archive, after which the benchmark takes no second one."""
+    return pa.concat_tables(first_look(archive.manifest, settings))
 
 
 def link_run(

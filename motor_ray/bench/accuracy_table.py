@@ -122,11 +122,12 @@ NOTES = (
     "Simulated tomograms. Mean ± standard deviation over seeds; all learned the same slices, for as long, from random "
     "weights. But those with a self-supervised start or pseudo-labels also saw tomograms without labels, one learned "
     "for twice as long, and re-scoring learned from the calibration tomograms.",
-    "mAP on the test's slices that show a motor and as many that clearly show none. F2, P and R on whole tomograms, "
-    "by the official metric, at the threshold that was best on calibration tomograms. False positives: motors found in "
-    "each motor-free tomogram at the threshold with recall 0.9, if every seed gets there. Images: frames that training "
-    "went through, those of all models that answer. Time: one thread, in turn in one process, as when it was "
-    "scored: ours as detection runs them, RetinaNet and FCOS with their networks in bfloat16, YOLO fused.",
+    "mAP on the test's slices that show a motor and as many that clearly show none, of those looked at. F2, P and R "
+    "on whole tomograms, by the official metric, at the threshold that was best on calibration tomograms. False "
+    "positives: motors found in each motor-free tomogram at the threshold with recall 0.9, if every seed gets there. "
+    "Images: frames that training went through, those of all models that answer. Time: one thread, in turn in one "
+    "process, as when it was scored: ours as detection runs them, YOLO fused; where the CPU has bfloat16 all but YOLO "
+    "compute in it.",
 )
 
 

@@ -208,7 +208,7 @@ def test_what_a_row_needs_stands_before_it_and_is_run_with_it():
 
 def test_a_row_of_another_has_its_settings():
     assert changes_of("soup") == changes_of("snapshot")
-    assert changes_of("tta") == {"detect": {"tta": "full"}}
+    assert changes_of("tta") == {"detect": {"tta": "fast"}}
 
 
 def test_every_row_starts_from_random_weights_and_has_the_same_budget_but_one():
