@@ -73,7 +73,7 @@ def link_candidates(
     looked_at = np.union1d(looked_at, detections[:, 0].astype(np.int64))
     order = np.lexsort((*detections[:, [4, 3, 2, 1]].T, -detections[:, 5], detections[:, 0]))
     detections = detections[order]  # by z, then best first: the input's own order is forgotten here
-    step = int(np.diff(looked_at).min()) if len(looked_at) > 1 else 1
+    step = _step(looked_at)
     needed = max(round(settings.evidence_angstrom / (spacing_angstrom * step)), 1)
     needed = min(needed, max(len(looked_at), 1))
     fewest = min(settings.min_slices, len(looked_at))
@@ -81,6 +81,13 @@ def link_candidates(
     parts = [part for track in tracks for part in _parts(track, looked_at, spacing_angstrom, settings)]
     candidates = [Candidate(_motor(part, needed), part) for part in parts if len(part) >= fewest]
     return _distinct(candidates, settings.merge_distance_angstrom / spacing_angstrom)
+
+
+def _step(looked_at: Rows) -> int:
+    """Slices from one look to the next, where looks are densest; `looked_at` ascends."""
+    gaps = np.diff(looked_at)
+    # The last slice is looked at whatever the stride leaves before it, so the last gap may be shorter than all others.
+    return int(min(gaps[:-1], default=gaps[-1])) if len(gaps) else 1
 
 
 def _tracks(detections: Floats, step: int, spacing_angstrom: float, settings: LinkSettings) -> list[Rows]:

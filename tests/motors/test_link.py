@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from motor_ray.archive.plan import looks
 from motor_ray.config import LinkSettings
 from motor_ray.errors import ManifestError
 from motor_ray.motors.failures import failed_slices, failed_tomograms
@@ -170,6 +171,17 @@ def test_every_third_slice_is_enough() -> None:
     (motor,), (whole,) = link(detections[np.isin(detections[:, 0], zs)], looked_at=zs), link(detections)
     assert motor.z == pytest.approx(100, abs=0.5)
     assert motor.score == pytest.approx(whole.score, abs=0.03)
+
+
+@pytest.mark.parametrize("spacing", [13.1, 16.0, 19.7, 22.0])
+@pytest.mark.parametrize("size_z", [38, 39, 40, 41])
+def test_a_last_look_that_is_nearer_than_the_others_changes_no_score(size_z: int, spacing: float) -> None:
+    zs = np.array(looks(size_z, 3))
+    detections = track(19, 400, 500, reach=9)
+    seen = detections[np.isin(detections[:, 0], zs)]
+    needed = max(round(160 / (3 * spacing)), 1)
+    (motor,) = link(seen, looked_at=zs, spacing=spacing)
+    assert motor.score == pytest.approx(np.sort(seen[:, 5])[-needed:].sum() / needed)
 
 
 def test_what_is_seen_for_a_third_of_the_asked_length_scores_a_third() -> None:
