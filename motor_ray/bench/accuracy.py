@@ -60,10 +60,10 @@ def bench_accuracy(
     # Seed by seed, so that the table is whole early; those that need others last, so that nobody waits for them.
     ordered = sorted(names, key=lambda name: len(ROWS[name].of))
     jobs = [Job(folder, name, FIRST_SEED + seed, sizes) for seed in range(seeds) for name in ordered]
-    with alone(str(folder)):
+    with alone(str(folder)) as lock:
         for part in SEEDS:
             archive(folder, part, sizes)
-        failed = run_all([job for job in jobs if job.result is None], processes)
+        failed = run_all([job for job in jobs if job.result is None], processes, lock)
         said = report(folder, sizes)
     if failed:
         raise UnfinishedError(
@@ -76,7 +76,9 @@ def bench_accuracy(
 class Crew:
     """The processes that are at work; once they are sent home no other starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: tuple[int, ...] = ()) -> None:
+        """They keep the file descriptors `keep`: the lock of the folder, until the last one has ended."""
+        self._keep = keep
         self._lock, self._at_work, self._is_home = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self, said: dict[str, Any], folder: Path, title: str) -> None:
@@ -87,7 +89,9 @@ class Crew:
             with self._lock:
                 if self._is_home:
                     raise UnfinishedError(f"{title}: was not begun")
-                child = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=out, stderr=out)
+                child = subprocess.Popen(
+                    command, env=os.environ | ONE_THREAD, stdout=out, stderr=out, pass_fds=self._keep
+                )
                 self._at_work.add(child)
             code = child.wait()
             with self._lock:
@@ -103,12 +107,13 @@ class Crew:
                 child.terminate()
 
 
-def run_all(jobs: Sequence[Job], processes: int) -> list[str]:
+def run_all(jobs: Sequence[Job], processes: int, lock: tuple[int, ...] = ()) -> list[str]:
     """Run each job in a process of its own, so many at a time; why some failed, or could not begin without others.
 
-    What was not done when Ctrl-C was pressed is begun anew the next time.
+    The processes keep the file descriptors `lock`. What was not done when Ctrl-C was pressed is begun anew the next
+    time.
     """
-    crew = Crew()
+    crew = Crew(lock)
     with ThreadPoolExecutor(processes) as pool:
         futures: dict[Job, Future[None]] = {}
         for job in jobs:  # what a job needs comes before it, so that none waits for one that has not begun

@@ -29,14 +29,17 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def alone(out: str) -> Iterator[None]:
+def alone(out: str) -> Iterator[tuple[int, ...]]:
     """Nobody else on this machine, or on its shared disks, writes to the folder `out` while the block runs.
+
+    What it gives are file descriptors for processes that write there, too, and might outlive this one: nobody else
+    writes there before they have ended.
 
     Raises RunError if somebody does already. An object store knows no locks: there nobody is kept away.
     """
     out = out.removeprefix("file://")
     if "://" in out:
-        yield
+        yield ()
         return
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,7 @@ def alone(out: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends, however
         except BlockingIOError:
             raise RunError(f"{out}: another motor-ray is at work here; wait for it, or stop it") from None
-        yield
+        yield (lock.fileno(),)
 
 
 def settle(slabs: str, notes: str) -> None:

@@ -8,6 +8,7 @@ Everything comes from one ServiceSettings, whether `motor-ray serve` starts it o
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -76,7 +77,7 @@ class Tomograms:
         log_as_serve()
         service = ServiceSettings.model_validate(settings)
         jobs = Jobs(str(service.serve.storage), service.archive)
-        models = {name: served(ModelCard(*card)) for name, card in cards.items()}
+        models = {name: partial(served, ModelCard(*card)) for name, card in cards.items()}
         self.asking = Asking(detector, several=len(cards) > 1, most=asked_at_once(service.serve))
         self.desk = TomogramDesk(jobs, self._ask, models, service.serve)
         self.work = asyncio.create_task(self.desk.run())

@@ -58,6 +58,9 @@ CLEAN_SECONDS = 600.0
 AskSlab = Callable[[Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 """Takes a PLAN row and a model's name to a detector, and brings back a SLABS row, and the model's hash as ``model``."""
 
+Model = Callable[[], "Served"]
+"""A model by name. Raises CheckpointError if it is not what it was; that concerns those who ask for it alone."""
+
 log = logging.getLogger(__name__)
 
 
@@ -65,21 +68,26 @@ class Served(NamedTuple):
     """A model, as tomograms are looked at with it."""
 
     settings: RunSettings
+    sha256: str
 
     rescore: Rescore | None
     """How what was linked is judged, if it has learned that."""
+
+    def is_by(self, answer: Mapping[str, Any]) -> bool:
+        """Whether a detector's answer, a SLABS row and ``model``, is this model's, with what judging takes."""
+        return answer["model"] == self.sha256[:12] and (self.rescore is None or has_features(answer))
 
 
 def served(card: ModelCard) -> Served:
     """The model of a card. Raises CheckpointError if the head that it had learned then is not there any more."""
     if card.rescorer_sha256 is None:
-        return Served(settings_from(card.settings), None)
+        return Served(settings_from(card.settings), card.sha256, None)
     if rescorer_hash(card.uris[0]) != card.rescorer_sha256:
         raise CheckpointError(
             f"{card.uris[0]}: has learned to re-score anew, or not any more, since the endpoint was started; deploy it "
             "again, so that the threshold is that of the same scores"
         )
-    return Served(settings_from(card.settings), rescoring(card.uris[0], card.sha256))
+    return Served(settings_from(card.settings), card.sha256, rescoring(card.uris[0], card.sha256))
 
 
 def has_features(slab: Mapping[str, Any]) -> bool:
@@ -90,7 +98,7 @@ def has_features(slab: Mapping[str, Any]) -> bool:
 class TomogramDesk:
     """Takes tomograms from the queue and looks at them, a few side by side. There is one at a time on a storage."""
 
-    def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, Served], settings: ServeSettings) -> None:
+    def __init__(self, jobs: Jobs, ask: AskSlab, models: Mapping[str, Model], settings: ServeSettings) -> None:
         self.jobs, self.ask, self.models, self.settings = jobs, ask, models, settings
         self.bell = asyncio.Event()
         self.at_work: dict[str, asyncio.Task[None]] = {}
@@ -150,6 +158,7 @@ class TomogramDesk:
             await self._note(record, status="queued")
             return
         except MotorRayError as error:
+            log.warning("tomogram %s: %s", job_id, error)
             problem = problem_of(error)
             record |= {"status": "failed", "problem": describe(problem.status, problem.detail)}
         except Exception:
@@ -159,9 +168,10 @@ class TomogramDesk:
 
     async def look_at(self, record: Record) -> Record:
         """What was found in a tomogram: motors, failures, model and size."""
-        model = self.models.get(record["model_name"])
-        if model is None:
+        named = self.models.get(record["model_name"])
+        if named is None:
             raise TomogramError(f"The model {record['model_name']!r} is not served any more")
+        model = await asyncio.to_thread(named)
         settings = model.settings
         row = await asyncio.to_thread(manifest_row, record, self.jobs, settings)
         record |= {name: row[name] for name in ("size_z", "size_y", "size_x", "voxel_spacing_angstrom")}
@@ -198,13 +208,14 @@ class TomogramDesk:
         return pa.Table.from_pylist(rows, schema=SLABS)
 
     async def _answer(self, slab: Mapping[str, Any], name: str, model: Served) -> Mapping[str, Any]:
-        """What a detector says of a PLAN row. Raises OutageError if none tells the features that re-scoring takes."""
-        for _ in range(CHANGEOVER_POLLS):
+        """What the model says of a PLAN row. Raises OutageError if all detectors are of another one for long."""
+        for poll in range(CHANGEOVER_POLLS):
+            if poll:
+                await asyncio.sleep(POLL_SECONDS)  # a detector of the model before, or after, is being replaced
             answer = await self.ask(slab, name)
-            if model.rescore is None or has_features(answer):
+            if model.is_by(answer):
                 return answer
-            await asyncio.sleep(POLL_SECONDS)  # a detector from before the model had learned it is being replaced
-        raise OutageError(f"No detector tells the features by which the model {name!r} judges what it finds")
+        raise OutageError(f"No detector is the model {name!r} as it was when the endpoint was started")
 
     async def _note(self, record: Record, **changes: Any) -> None:
         """Write down how far a tomogram is. Raises TomogramError if there is no more to be done about it."""

@@ -1,5 +1,6 @@
 """Notes and files of a run that broke off, as Ray Data leaves them; written here by hand, without Ray."""
 
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -115,6 +116,18 @@ def test_two_runs_do_not_write_to_one_folder_at_a_time(tmp_path):
     out = str(tmp_path / "out")
     with alone(out), pytest.raises(RunError, match="another motor-ray is at work here"), alone(out):
         pass
+    with alone(out):
+        pass
+
+
+def test_a_process_that_was_given_the_lock_keeps_it_when_the_one_that_took_it_has_ended(tmp_path):
+    out = str(tmp_path)
+    with alone(out) as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=lock)
+    with pytest.raises(RunError, match="another motor-ray is at work here"), alone(out):
+        pass
+    child.kill()
+    child.wait()
     with alone(out):
         pass
 

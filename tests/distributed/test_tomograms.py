@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.distributed.serving import model_cards
 from motor_ray.distributed.tomograms import ATTEMPTS, SLAB_SLICES, Served, TomogramDesk, served
-from motor_ray.errors import CheckpointError, OutageError, SliceCorruptError
+from motor_ray.errors import OutageError, SliceCorruptError
 from motor_ray.motors.link import link_slabs
 from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
 from motor_ray.motors.second_look import second_look
@@ -101,7 +102,12 @@ def asked_of(answerer):
     async def ask_slab(plan, _):
         prepared = await asyncio.to_thread(answerer.prepare_slab, plan)
         (answer,) = answerer.look([prepared])
-        return {"slab_id": plan["slab_id"], "tomo_id": plan["tomo_id"], "slices": answer.slices, "model": SHA[:12]}
+        return {
+            "slab_id": plan["slab_id"],
+            "tomo_id": plan["tomo_id"],
+            "slices": answer.slices,
+            "model": answerer.sha256[:12],
+        }
 
     return ask_slab
 
@@ -116,7 +122,9 @@ def submitted(jobs, volume=VOLUME, spacing=13.0, **known):
 
 
 def desk_of(jobs, ask_slab, settings=SMALL, model=None, **limits):
-    return TomogramDesk(jobs, ask_slab, {"default": model or Served(settings, None)}, ServeSettings(**limits))
+    return TomogramDesk(
+        jobs, ask_slab, {"default": model or (lambda: Served(settings, SHA, None))}, ServeSettings(**limits)
+    )
 
 
 @contextlib.asynccontextmanager
@@ -203,7 +211,7 @@ def test_a_model_that_has_learned_to_re_score_does_so_in_the_endpoint_too(checkp
         asked = ServiceSettings.model_validate({"serve": {"models": {"default": str(model)}}, "detect": SMALL.detect})
         card = ModelCard(*model_cards(asked)["default"])
         answerer = Answerer(card.uris, card.sha256, settings_from(card.settings), threads=1)
-        (record,) = worked(jobs, submitted(jobs), ask_slab=asked_of(answerer), model=served(card))
+        (record,) = worked(jobs, submitted(jobs), ask_slab=asked_of(answerer), model=partial(served, card))
         prepared = answerer.prepare_picture(png(VOLUME[0]), 13.0, 10**6)
         picture = picture_of(prepared, answerer.look([prepared])[0], card.sha256)
         assert all("features" not in one for one in picture["detections"])
@@ -222,12 +230,35 @@ def test_a_model_that_has_learned_to_re_score_does_so_in_the_endpoint_too(checkp
         assert (one["z"], one["y"], one["x"]) == (other["z"], other["y"], other["x"])
 
 
-def test_a_head_that_changed_since_the_endpoint_was_started_is_refused(checkpoint, tmp_path):
+def test_a_head_that_changed_since_the_endpoint_was_started_stops_tomograms_of_its_model_alone(
+    checkpoint, tmp_path, jobs, caplog
+):
     model = tmp_path / "best"
     shutil.copytree(checkpoint, model)
     card = ModelCard([str(model)], SHA, SMALL.model_dump(mode="json"), {}, [], rescorer_sha256="cd" * 32)
-    with pytest.raises(CheckpointError, match="deploy it again"):
-        served(card)
+    desk = desk_of(jobs, Asked())
+    desk.models["lab"] = partial(served, card)
+    ours, theirs = submitted(jobs), submitted(jobs, model_name="lab")
+
+    async def work():
+        async with working(desk):
+            await until(lambda: all(jobs.read(one)["status"] in OVER for one in (ours, theirs)))
+
+    asyncio.run(work())
+    assert [jobs.read(one)["status"] for one in (ours, theirs)] == ["done", "failed"]
+    assert "deploy it again" in caplog.text
+    assert jobs.read(theirs)["problem"]["status"] == 500
+
+
+def test_answers_of_another_model_are_not_taken_for_the_ones_own(jobs, monkeypatch):
+    class Replaced(Asked):
+        async def __call__(self, plan, name):
+            own = await super().__call__(plan, name)
+            return own if len(self.slabs) > 8 else own | {"model": "another", "slices": []}
+
+    monkeypatch.setattr(tomograms, "POLL_SECONDS", 0.01)
+    (record,) = worked(jobs, submitted(jobs), ask_slab=Replaced())
+    assert (record["status"], record["model"], len(record["motors"])) == ("done", SHA[:12], 1)
 
 
 def test_a_detector_from_before_the_model_re_scored_is_asked_again_until_it_is_replaced(jobs, monkeypatch):
@@ -243,10 +274,10 @@ def test_a_detector_from_before_the_model_re_scored_is_asked_again_until_it_is_r
     def judged(linked):
         return [0.25] * len(linked.candidates)
 
-    (record,) = worked(jobs, submitted(jobs), ask_slab=Replaced(), model=Served(SMALL, judged))
+    (record,) = worked(jobs, submitted(jobs), ask_slab=Replaced(), model=lambda: Served(SMALL, SHA, judged))
     assert [motor["score"] for motor in record["motors"]] == [0.25]
     monkeypatch.setattr(tomograms, "CHANGEOVER_POLLS", 2)
-    (record,) = worked(jobs, submitted(jobs), ask_slab=Asked(), model=Served(SMALL, judged))
+    (record,) = worked(jobs, submitted(jobs), ask_slab=Asked(), model=lambda: Served(SMALL, SHA, judged))
     assert (record["status"], record["attempts"]) == ("failed", ATTEMPTS + 1)
 
 
