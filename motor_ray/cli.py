@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("motor_ray").setLevel(logging.INFO)
     try:
-        with reader_may_leave(0):
-            asked = parse(sys.argv[1:] if arguments is None else arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        with reader_may_leave(0 if not words or {"-h", "--help", "--version"} & {*words} else 2):
+            asked = parse(words)
         # Ray, too, prints to stdout, which is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             result, code = asked.run()

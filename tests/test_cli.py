@@ -190,6 +190,14 @@ def test_a_reader_who_has_read_enough_is_no_reason_to_complain(asked):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_wrong_usage_is_one_even_if_nobody_reads_the_complaint():
+    reads, writes = os.pipe()
+    os.close(reads)
+    program = [sys.executable, "-m", "motor_ray.cli", "detect", "--bogus", "3"]
+    assert subprocess.run(program, stdout=writes, stderr=writes, check=False).returncode == 2
+    os.close(writes)
+
+
 def test_an_unknown_setting_in_the_yaml_file_is_refused_with_the_nearest_name(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("detect: {score_treshold: 0.4}\n")
