@@ -502,8 +502,9 @@ class PseudoSettings(Settings):
 class CareSettings(Settings):
     """Which labels deserve a second look."""
 
-    missing_score: float = Field(0.5, ge=0, le=1)
-    """A motor that scores this much and has no label is a likely missing one."""
+    missing_score: float = Field(0.2, ge=0, le=1)
+    """A motor that scores this much and has no label is a likely missing one: twice USUAL_THRESHOLD, for a score is the
+    mean of many slices, of which a detector is sure of few."""
 
     wrong_score: float = Field(0.1, ge=0, le=1)
     """A label is likely wrong if nothing near it scores this much on any slice."""

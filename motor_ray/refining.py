@@ -57,14 +57,11 @@ def calibrate_run(
     best = labelled_answers(detections, labels)
     if model and origin.rescorer_sha256:
         check_head(detections, model, origin.rescorer_sha256, best["tomo_id"])
-    learned = calibrate(
-        best,
-        method,
-        settings.radius_angstrom,
-        threshold=settings.threshold_or_usual,
-        quantile=quantile,
-        origin=origin,
-    )
+    usual = settings.threshold_or_usual
+    try:
+        learned = calibrate(best, method, settings.radius_angstrom, threshold=usual, quantile=quantile, origin=origin)
+    except MetricError as error:
+        raise MetricError(f"{detections}: {error}") from None
     reliability_figure(picture, best, learned)
     written = join(model, RESCORED_CALIBRATION if origin.rescorer_sha256 else CALIBRATION) if model else None
     if written:
@@ -78,9 +75,14 @@ def shown(calibration: Calibration) -> Row:
 
 
 def check_model(detections: str, run: Row, model: str | None) -> None:
-    """Raises RunError if the run under `detections` is not one of the checkpoint `model`, if that is given."""
+    """Raises RunError if the run under `detections` is not one of the checkpoint `model` alone, if that is given."""
     if model is None:
         return
+    if (several := len(run.get("models", []))) > 1:
+        raise RunError(
+            f"{detections}: {several} models answered together, and what is learned of their scores is not kept in a "
+            "checkpoint; calibrate without --model, and give the threshold that it tells as --evaluate.threshold"
+        )
     ours, theirs = describe_checkpoint(model).sha256, run["model_sha256"]
     if ours != theirs:
         raise RunError(

@@ -77,6 +77,14 @@ def decided(detections: str, motors: pa.Table, settings: EvaluateSettings) -> tu
     return settings.model_copy(update={"threshold": threshold}), f"calibration ({calibration.method})"
 
 
+def motors_told(detections: str) -> Row:
+    """How many motors of the finished run under `detections` count as such, and from which score on."""
+    motors = read_table(join(detections, "motors.parquet"))
+    settings, origin = decided(detections, motors, EvaluateSettings())
+    counted = pc.sum(pc.greater_equal(motors["score"], settings.threshold_or_usual)).as_py() or 0
+    return {"motors": counted, "threshold": settings.threshold, "threshold_from": origin}
+
+
 def tomogram_maxima(detections: str, motors: pa.Table) -> NDArray[np.float64]:
     """``(n,)`` scores of the best motor of each tomogram that a run looked at, NaN where it found none."""
     tomo_ids = read_table(join(detections, "tomograms.parquet"), columns=["tomo_id"])["tomo_id"].to_pylist()

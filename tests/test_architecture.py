@@ -80,6 +80,15 @@ def test_only_distributed_imports_ray(module):
     assert not uses_ray or module.parts[0] == "distributed"
 
 
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_only_a_benchmark_imports_what_is_under_the_agpl(module):
+    """And not at its top, so that the benchmark can be imported without it."""
+    uses = any(name.split(".")[0] == "ultralytics" for name in imports(ROOT / module))
+    assert not uses or module.parts[0] == "bench"
+    code = f"import sys; sys.modules['ultralytics'] = None; import motor_ray.{'.'.join(module.with_suffix('').parts)}"
+    assert not uses or subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_stages_samples_and_learner_run_without_ray():
     names = ("loading", "scoring", "samples", "frame_store", "learner")
     modules = ", ".join(f"motor_ray.distributed.{name}" for name in names)

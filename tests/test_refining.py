@@ -27,7 +27,7 @@ from motor_ray.errors import MetricError, RunError
 from motor_ray.motors.calibration import Calibration, calibration_at, origin_of
 from motor_ray.motors.link import link_slabs
 from motor_ray.refining import FOLDS, calibrate_run, folds, rescore_run
-from motor_ray.results import decided, evaluate_run, export_run
+from motor_ray.results import decided, evaluate_run, export_run, motors_told
 from motor_ray.service.backend import ModelCard
 from motor_ray.service.settings import ServiceSettings
 from motor_ray.storage import join, read_json, read_table, write_json, write_table
@@ -155,6 +155,15 @@ def test_a_calibration_travels_with_a_run_to_evaluate_and_export_unless_a_thresh
         assert scores["threshold_from"] == told["threshold_from"] == origin
         assert scores["tomograms"]["threshold"] == scores["motors"]["threshold"] == told["threshold"] == threshold
         assert told["motors"] == sum(score >= threshold for score in SCORES.values())
+        if settings is usual:
+            assert motors_told(where) == {name: told[name] for name in ("motors", "threshold", "threshold_from")}
+
+
+def test_several_models_keep_no_calibration_but_are_told_one(tmp_path: Path, model: str) -> None:
+    together = make_run(tmp_path / "both", "x", models=[{"model": model}, {"model": "another"}])
+    with pytest.raises(RunError, match=r"both: 2 models answered together.*without --model.*--evaluate\.threshold"):
+        learn(together, model)
+    assert learn(together, None)["written"] is None
 
 
 def test_a_quantile_is_taken_of_the_run_at_hand(run: str, model: str, tmp_path: Path) -> None:
@@ -200,7 +209,7 @@ def test_tomograms_of_one_kind_a_run_of_another_model_and_one_that_is_not_finish
 ) -> None:
     sha256 = describe_checkpoint(model).sha256
     kind = {name: score for name, score in SCORES.items() if "without" in name}
-    with pytest.raises(MetricError, match="6 labelled tomograms were looked at, and none of them has a motor"):
+    with pytest.raises(MetricError, match="kind: 6 labelled tomograms were looked at, and none of them has a motor"):
         learn(make_run(tmp_path / "kind", sha256, kind), model)
     with pytest.raises(RunError, match=f"made by the model x, and .* is {sha256[:12]}; scores differ"):
         learn(make_run(tmp_path / "other", "x"), model)

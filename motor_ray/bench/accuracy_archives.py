@@ -136,7 +136,7 @@ def settings_of(sizes: Sizes, seed: int, changes: Changes) -> RunSettings:
             "seed": seed,
         },
         # A low threshold, so that an average precision has its whole curve, and linking all that there is. Of whole
-        # tomograms every third slice, for time; a motor shows on several of them.
+        # tomograms every third slice, for time: 39 to 66 angstrom apart, where motors are 450 wide and taught on 120.
         "detect": {"score_threshold": 0.02, "z_stride": 3},
     }
     return settings_from(merged(values, changes), "bench accuracy")

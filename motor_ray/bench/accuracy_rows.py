@@ -19,6 +19,12 @@ Role = Literal["seed", "peer", "single", "more data", "light", "ensemble"]
 
 PEERS = ("retinanet", "fcos", "yolo")
 
+THREE_SLICES = {"in_slices": 3, "slice_step_angstrom": 40.0}
+"""Settings of the network that sees 2.5-D."""
+
+SCORING = 1
+"""One more whenever linking or scoring changes what comes of the same looks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -84,7 +90,7 @@ ROWS: dict[str, Row] = {
         role="seed",
         training="none",
         of=("seed",),
-        what="the usual threshold, where every other row's was learned on validation tomograms",
+        what="the usual threshold, where every other row's was learned on calibration tomograms",
         changes={"evaluate": {"threshold": USUAL_THRESHOLD}},
     ),
     "light": Row(
@@ -97,15 +103,20 @@ ROWS: dict[str, Row] = {
         title="+ 2.5-D",
         role="single",
         what="sees the slices about 40 angstrom below and above, too",
-        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}},
+        changes={"model": THREE_SLICES},
     ),
-    "levels": Row(title="+ multi-scale", role="single", what="heads on P2 and P3", changes={"model": {"levels": 2}}),
+    "levels": Row(
+        title="+ multi-scale",
+        role="single",
+        what="heads on P2 and on P3, to which nearly all boxes here belong",
+        changes={"model": {"levels": 2}},
+    ),
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
     "all": Row(
         title="2.5-D, multi-scale, CBAM",
         role="single",
         what="the three together",
-        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0, "levels": 2, "attention": "cbam"}},
+        changes={"model": {**THREE_SLICES, "levels": 2, "attention": "cbam"}},
     ),
     "pretrained": Row(
         title="+ self-supervised start",
@@ -119,12 +130,13 @@ ROWS: dict[str, Row] = {
         training="pseudo",
         of=("seed",),
         what="the seed's model goes on with what it is sure of on unlabelled tomograms, for as many frames again",
+        changes={"pseudo": {"min_slices": 2}},  # of every third slice, of which the usual 4 would be a whole motor's
     ),
     "longer": Row(
         title="2.5-D, twice as long",
         role="more data",
         what="2.5-D on the same tomograms, for about as many frames as the two rows above were shown",
-        changes={"model": {"in_slices": 3, "slice_step_angstrom": 40.0}},
+        changes={"model": THREE_SLICES},
         times_longer=2,
     ),
     "rescored": Row(
@@ -162,8 +174,8 @@ ROWS: dict[str, Row] = {
         title="+ model ensemble",
         role="ensemble",
         training="none",
-        of=("seed", "levels", "cbam"),
-        what="the seed's model, multi-scale and CBAM answer together",
+        of=("seed", "seed-101", "cbam"),
+        what="the seed's model, the same on a ResNet-101, and CBAM answer together",
     ),
     "ensemble-all": Row(
         title="2.5-D ensemble, TTA",
@@ -197,10 +209,10 @@ def keys_of(name: str, seed: int, sizes: Sizes) -> Keys:
     asked = {group: own for group, own in settings.items() if group not in AFTER_LOOKING}
     if row.training == "pseudo":
         linked = [settings_of_row(one, seed, sizes).model_dump(mode="json") for one in row.of]
-        before += [archive_name(sizes, "calibration"), linked, settings]
+        before += [archive_name(sizes, "calibration"), linked, settings, SCORING]
     trained = short_hash([sizes.training, row.version, row.training, asked, before])
     looked = short_hash([trained, sizes.judging])
-    return Keys(trained, looked, short_hash([looked, name, settings]))
+    return Keys(trained, looked, short_hash([looked, name, settings, SCORING]))
 
 
 def settings_of_row(name: str, seed: int, sizes: Sizes) -> RunSettings:

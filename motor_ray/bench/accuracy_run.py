@@ -37,6 +37,7 @@ from motor_ray.bench.accuracy_training import Data, Line, Ours, Trainee, data_of
 from motor_ray.bench.accuracy_unlabelled import pretrain_backbone, with_epochs, with_pseudo_labels
 from motor_ray.bench.timing import machine, time_in_turn
 from motor_ray.config import RunSettings
+from motor_ray.detector.description import SNAPSHOTS
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.pseudo_steps import starting_from
 from motor_ray.distributed.scoring import images_of
@@ -66,6 +67,8 @@ def run_row(job: Job) -> None:
 
 def train_row(job: Job) -> dict[str, Any]:
     """See `learn`."""
+    for left in ("best", SNAPSHOTS):  # of a run that broke off, or of other settings
+        shutil.rmtree(job.folder / left, ignore_errors=True)
     train, validation = (archive(job.work, part, job.sizes) for part in ("train", "validation"))
     history, images = learn(job, train, validation)
     return {"images": images, "history": [slices_of(line) for line in history]}
@@ -111,7 +114,6 @@ def learn(job: Job, train: Archive, validation: Archive) -> tuple[list[Line], in
     if job.row.training in LEARNED_BEFORE:
         return [], 0
     if job.row.training == "soup":
-        shutil.rmtree(job.folder / "best", ignore_errors=True)  # of a run that broke off
         make_soup(models_of(job.needs[0]), str(job.folder / "best"), train.manifest, settings.archive)
         return [], 0
     if job.row.training == "pseudo":

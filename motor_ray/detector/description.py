@@ -137,8 +137,17 @@ def check_compatible(uris: Sequence[str], members: Sequence[Description], *, wei
             raise CheckpointError(
                 f"{uri}: was trained with {name} {other.get(name)}, but {uris[0]} with {first.get(name)}; "
                 f"{'weights are averaged of one network' if weights else 'models that answer together see one frame'}: "
-                f"leave one out, or train it with --{name.replace('_', '-')} {first.get(name)}"
+                f"leave one out, or train it with {as_flag(name, first.get(name))}"
             )
+
+
+def as_flag(name: str, value: Any) -> str:
+    """How a setting, such as ``frame.size``, is given this value on the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--{'.no-'.join(name.rsplit('.', 1))}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *map(str, values)])
 
 
 def _relevant(member: Description, beginnings: tuple[str, ...]) -> Mapping[str, Any]:

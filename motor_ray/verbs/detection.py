@@ -36,6 +36,7 @@ class Detect:
         """Detect."""
         from motor_ray.archive.manifest import find_tomograms, read_manifest, read_unusable
         from motor_ray.distributed.detect import detect, dry_run
+        from motor_ray.results import motors_told
 
         if (self.archive is None) == (self.manifest is None):
             raise ConfigError("give either --archive or --manifest, the tomograms to look at")
@@ -48,7 +49,8 @@ class Detect:
             return dry_run(*tomograms, self.model, settings), 0
         run = detect(*tomograms, self.model, self.out, settings)
         names = ("tomograms", "slices", "seconds", "counts")
-        return {"out": self.out, **{name: run[name] for name in names}}, bool(run["counts"]["failures"])
+        said = {"out": self.out, **{name: run[name] for name in names}, **motors_told(self.out)}
+        return said, bool(run["counts"]["failures"])
 
 
 @dataclass(frozen=True, kw_only=True)

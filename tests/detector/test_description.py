@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from motor_ray.cli import parse
 from motor_ray.config import settings_from
 from motor_ray.detector.description import (
     DESCRIPTION,
@@ -66,6 +67,7 @@ def test_only_one_alone_has_what_training_measured(save: Save) -> None:
         ("frame", {"size": 512}, "frame.size 512, but .*/a with 720"),
         ("frame", {"mode": "spacing"}, "frame.mode spacing, but .*/a with fit"),
         ("preprocess", {"clahe": False}, "preprocess.clahe False, but .*/a with True"),
+        ("preprocess", {"clip_percentiles": (1, 99)}, "preprocess.clip_percentiles .*1.0, 99.0.*, but .*/a with"),
         ("model", {"in_slices": 3}, "model.in_slices 3, but .*/a with 1"),
         ("targets", {"box_pixels": 80}, "targets.box_pixels 80.0, but .*/a with 100.0"),
         ("targets", {"reach_angstrom": 30}, "targets.reach_angstrom 30.0, but .*/a with 60.0"),
@@ -75,8 +77,13 @@ def test_models_that_see_other_frames_or_mean_other_boxes_are_refused(
     save: Save, group: str, changed: dict[str, Any], told: str
 ) -> None:
     a, b = save("a"), save("b", **{group: changed})
-    with pytest.raises(CheckpointError, match=f"{b}: was trained with {told}.*leave one out, or train it with --"):
+    with pytest.raises(
+        CheckpointError, match=f"{b}: was trained with {told}.*leave one out, or train it with --"
+    ) as why:
         describe_models([a, a, b])
+    hint = str(why.value).rpartition("train it with ")[2]
+    needed = ["--archive", "a", "--labels", "b", "--storage", "c", "--name", "d"]
+    parse(["train", *needed, *hint.split()])  # it can be typed
 
 
 def test_how_models_were_trained_may_differ(save: Save) -> None:

@@ -126,5 +126,5 @@ def test_a_run_in_other_tomograms_is_refused():
 
 
 def test_scores_that_contradict_one_another_are_refused():
-    with pytest.raises(ConfigError, match=r"wrong_score 0\.6 must not exceed missing_score 0\.5"):
+    with pytest.raises(ConfigError, match=r"wrong_score 0\.6 must not exceed missing_score 0\.2"):
         settings_from({"care": {"wrong_score": 0.6}})
