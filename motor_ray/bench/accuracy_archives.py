@@ -70,7 +70,7 @@ class Sizes:
 
     backbone: str = "resnet18"
     neck_channels: int = 128
-    """Of our pyramids and of RetinaNet's and FCOS's."""
+    """Of our pyramids and of RetinaNet's and FCOS's, which take multiples of 32."""
 
     head_channels: int = 64
     epochs: int = 3

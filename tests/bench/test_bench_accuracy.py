@@ -31,7 +31,7 @@ TINY = Sizes(
     clutter=0.5,
     frame=64,
     box_angstrom=600.0,
-    neck_channels=16,
+    neck_channels=32,
     head_channels=8,
     epochs=3,
 )

@@ -11,7 +11,7 @@ from motor_ray.motors.label_care import SUSPECTS, Suspects, find_suspects
 from motor_ray.tables import MOTORS, SLABS
 
 SPACING = 10.0
-CARE = CareSettings()
+CARE = CareSettings(missing_score=0.5)
 TOMOGRAMS = pd.DataFrame({"tomo_id": ["a", "b"], "voxel_spacing_angstrom": [SPACING, SPACING]})
 Place = tuple[float, float, float]
 
