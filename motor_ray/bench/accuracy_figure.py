@@ -39,6 +39,7 @@ def accuracy_figure(uri: str, lines: Sequence[Line]) -> None:
         if own:
             _points(axis, own, title, colour, mark)
     axis.set_xscale("log")
+    axis.margins(y=0.1)  # names of the lowest may stand below them
     _label(axis, shown)
     _finish(axis, shown)
     write_picture(uri, figure)

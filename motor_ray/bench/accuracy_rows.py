@@ -204,15 +204,20 @@ but on what pseudo-labels are."""
 
 def keys_of(name: str, seed: int, sizes: Sizes) -> Keys:
     """The keys of a row with a seed; those of a step change with all that the steps before depend on."""
-    row, settings = ROWS[name], settings_of_row(name, seed, sizes).model_dump(mode="json")
+    row, settings = ROWS[name], _dumped(name, seed, sizes)
     before: list[Any] = [keys_of(one, seed, sizes).trained for one in row.of]
     asked = {group: own for group, own in settings.items() if group not in AFTER_LOOKING}
     if row.training == "pseudo":
-        linked = [settings_of_row(one, seed, sizes).model_dump(mode="json") for one in row.of]
+        linked = [_dumped(one, seed, sizes) for one in row.of]
         before += [archive_name(sizes, "calibration"), linked, settings, SCORING]
     trained = short_hash([sizes.training, row.version, row.training, asked, before])
     looked = short_hash([trained, sizes.judging])
     return Keys(trained, looked, short_hash([looked, name, settings, SCORING]))
+
+
+def _dumped(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """The settings of a row as JSON, but for those of verbs that the benchmark has no use for."""
+    return settings_of_row(name, seed, sizes).model_dump(mode="json", exclude={"care"})
 
 
 def settings_of_row(name: str, seed: int, sizes: Sizes) -> RunSettings:

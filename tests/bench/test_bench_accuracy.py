@@ -239,6 +239,8 @@ def test_what_is_learned_stays_when_only_the_judging_changes(monkeypatch):
     assert keys("pseudo", tested).trained == keys("pseudo").trained
     assert keys("pseudo", calibrated).trained != keys("pseudo").trained  # they say which scores are sure
     before = {name: keys(name) for name in ("seed", "soup")}
+    monkeypatch.setitem(ROWS, "seed", replace(ROWS["seed"], changes={"care": {"missing_score": 0.9}}))
+    assert keys("seed") == before["seed"]
     monkeypatch.setitem(ROWS, "seed", replace(ROWS["seed"], changes={"link": {"min_slices": 3}}))
     assert keys("seed").looked == before["seed"].looked
     assert keys("seed").scored != before["seed"].scored
