@@ -80,8 +80,8 @@ def check_model(detections: str, run: Row, model: str | None) -> None:
         return
     if (several := len(run.get("models", []))) > 1:
         raise RunError(
-            f"{detections}: {several} models answered together, and what is learned of their scores is not kept in a "
-            "checkpoint; calibrate without --model, and give the threshold that it tells as --evaluate.threshold"
+            f"{detections}: {several} models answered together, and of several nothing is kept in a checkpoint; "
+            "motor-ray calibrate without --model tells a threshold, which --evaluate.threshold takes"
         )
     ours, theirs = describe_checkpoint(model).sha256, run["model_sha256"]
     if ours != theirs:

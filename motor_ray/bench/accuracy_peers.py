@@ -166,10 +166,8 @@ def images_as_they_are(settings: RunSettings) -> dict[str, Any]:
 
 def pyramid(settings: RunSettings) -> BackboneWithFPN:
     """Torchvision's feature pyramid, strides 8 to 128, as wide as ours, on a ResNet that starts as ours does."""
-    body, width = (
-        get_model(settings.model.backbone, weights=None, zero_init_residual=True),
-        settings.model.neck_channels,
-    )
+    width = settings.model.neck_channels
+    body = get_model(settings.model.backbone, weights=None, zero_init_residual=True)
     stages = {f"layer{stage}": str(level) for level, stage in enumerate((2, 3, 4))}
     channels = [body.inplanes // share for share in (4, 2, 1)]
     return BackboneWithFPN(body, stages, channels, width, extra_blocks=_CoarseLevels(width, width))
