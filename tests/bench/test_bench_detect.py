@@ -200,6 +200,7 @@ def test_a_contestant_that_fails_says_why(stack, tmp_path):
         run_contestant(job, stack, {})
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_all_contestants_score_every_slice_and_the_report_says_how_fast():
     pytest.importorskip("daft")

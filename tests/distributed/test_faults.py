@@ -90,7 +90,7 @@ def cases(*axes: Iterable[Any], quick: Collection[Any] = ()) -> list[Any]:
     return [pytest.param(*one, marks=[] if one in quick else pytest.mark.slow) for one in product(*axes)]
 
 
-@pytest.mark.parametrize(("title", "seed"), cases([SCORER, LOADER, WRITER], [0, 1, 2], quick=[(SCORER, 0)]))
+@pytest.mark.parametrize(("title", "seed"), cases([SCORER, LOADER, WRITER], [0, 1, 2]))
 def test_killed_workers_change_nothing(title, seed, undisturbed, idle, tmp_path):
     """Each time another file has been committed, or Ray would take a constructor for broken."""
     chance = random.Random(f"{title} {seed}")

@@ -126,9 +126,10 @@ def test_what_nothing_could_be_learned_with_is_refused_before_the_name_is_taken(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_backbone_is_taught_without_labels_and_a_detector_trained_from_it(
     manifest, archive, settings, tmp_path, workers
 ):

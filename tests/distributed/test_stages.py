@@ -74,7 +74,10 @@ def test_missing_and_corrupt_slices_have_a_status_and_the_others_their_own_detec
     assert status == {0: "ok", 1: "ok", 2: "ok", 3: "missing", 4: "corrupt"}
     alone = plan.set_column(plan.schema.get_field_index("zs"), "zs", pa.array([[2]], pa.list_(pa.int32())))
     [lone] = ScoreFrames(settings, checkpoint)(LoadSlab(settings)(alone)).to_pylist()
-    assert lone["slices"][0]["detections"] == slab["slices"][2]["detections"]
+    own, expected = lone["slices"][0]["detections"], slab["slices"][2]["detections"]
+    assert len(own) == len(expected) > 1
+    for one, other in zip(own, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)  # how many frames share a call may change the last bit of a score
 
 
 def test_an_unreadable_tomogram_is_a_status_of_each_of_its_slices(settings, tmp_path):

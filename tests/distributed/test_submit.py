@@ -70,6 +70,7 @@ def drivers(out: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_is_started_again_and_a_second_submit_looks_after_the_first(
     dashboard, archive, checkpoint, tmp_path
 ):

@@ -54,6 +54,7 @@ def test_a_run_leaves_checkpoints_that_detect_reads_and_a_line_per_epoch(
     assert any((tensor != trained[name]).any() for name, tensor in start.items())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_a_run_is_not_overwritten_and_goes_on_where_it_stopped(manifest, archive, settings, tmp_path):

@@ -258,6 +258,7 @@ def test_a_study_is_not_overwritten_nor_mixed_with_another(study):
         open_study(study._replace(manifest=study.manifest.slice(1)), planned, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
 def test_an_ablation_leaves_a_run_for_each_trial_and_is_not_repeated(study, archive, quick, tmp_path, monkeypatch):
