@@ -19,7 +19,8 @@ from typing import Any
 import tyro
 
 from motor_ray import __version__
-from motor_ray.config import RunSettings, Settings, read_tree
+from motor_ray.config import RunSettings, Settings
+from motor_ray.config_values import read_tree
 from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
 from motor_ray.verbs.detection import Detect, Evaluate, Export, LabelCare

@@ -10,7 +10,8 @@ from rich.table import Table
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.detect import detect
 from motor_ray.distributed.team import slots_for

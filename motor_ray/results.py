@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
-from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, checked, settings_from
+from motor_ray.config import CareSettings, EvaluateSettings, RunSettings
+from motor_ray.config_values import checked, settings_from
 from motor_ray.errors import ConfigError, ExportError, LabelsError, OutageError, RunError, StorageError
 from motor_ray.motors.calibration import Calibration
 from motor_ray.motors.evaluate import evaluate

@@ -10,7 +10,7 @@ import pytest
 import motor_ray
 
 ROOT = Path(motor_ray.__file__).parent
-BASE = {"config", "errors", "machine", "tables", "storage"}
+BASE = {"config", "config_values", "errors", "machine", "tables", "storage"}
 ALLOWED = {
     "archive": BASE,
     "slices": BASE,
@@ -23,7 +23,8 @@ ALLOWED = {
     "views": BASE | {"archive", "slices", "motors"},
     "tracking": BASE,
     "progress": set(),
-    "config": {"errors"},
+    "config": set(),
+    "config_values": {"config", "errors"},
     "storage": {"config", "errors", "retry", "sources", "s3", "buckets"},
     "retry": {"errors"},
     "sources": {"errors", "retry"},

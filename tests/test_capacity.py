@@ -23,7 +23,8 @@ from motor_ray.capacity.line import Line, Station
 from motor_ray.capacity.simulation import BLOCK, MOST_SCORERS, run_line, service_factors, simulate
 from motor_ray.capacity.workload import Look, Workload, alike, workload_of
 from motor_ray.cli import main
-from motor_ray.config import DetectSettings, FrameSettings, RunSettings, settings_from
+from motor_ray.config import DetectSettings, FrameSettings, RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.estimate import Measured, Sample, Take
 from motor_ray.distributed.preflight import Pools, Room
 from motor_ray.errors import ConfigError

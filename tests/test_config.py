@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from motor_ray.config import RunSettings, read_settings, settings_from, settings_hash
+from motor_ray.config import RunSettings
+from motor_ray.config_values import read_settings, settings_from, settings_hash
 from motor_ray.errors import ConfigError
 
 

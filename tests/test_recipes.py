@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from motor_ray.cli import parse
-from motor_ray.config import RunSettings, read_settings
+from motor_ray.config import RunSettings
+from motor_ray.config_values import read_settings
 from motor_ray.verbs.training import Train, workers_from
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs" / "recipes").glob("*.yaml"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
-from motor_ray.config import USUAL_THRESHOLD, EvaluateSettings, settings_from
+from motor_ray.config import USUAL_THRESHOLD, EvaluateSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint, save_checkpoint
 from motor_ray.detector.description import (
     CALIBRATION,

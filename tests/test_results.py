@@ -12,7 +12,8 @@ import pytest
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.volumes import write_volume
-from motor_ray.config import CareSettings, EvaluateSettings, RunSettings, settings_from
+from motor_ray.config import CareSettings, EvaluateSettings, RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.errors import ConfigError, ExportError, RunError
 from motor_ray.results import care_for_labels, draw_dataset_check, draw_validation
 from motor_ray.storage import join, read_table, write_json, write_table

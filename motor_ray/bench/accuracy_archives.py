@@ -22,7 +22,8 @@ from motor_ray.archive.imaging import SimulationSettings
 from motor_ray.archive.labels import Labels, read_labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import ArchiveSettings, RunSettings, settings_from
+from motor_ray.config import ArchiveSettings, RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.samples import with_labelled_spacing
 from motor_ray.machine import cores
 
@@ -65,16 +66,17 @@ class Sizes:
     clutter: float = 1.7
 
     frame: int = 128
-    box_angstrom: float = 1600.0
-    """About what the recipe's boxes, 100 pixels of a frame of 720, are of a public tomogram of 13.1 angstrom."""
+    box_angstrom: float = 1400.0
+    """Less than the recipe's boxes, 100 pixels of a frame of 720, are of a public tomogram of 13.1 angstrom, 1750: so
+    that with several levels those of some spacings belong to P2, and those of others to P3."""
 
     backbone: str = "resnet18"
     neck_channels: int = 128
     """Of our pyramids and of RetinaNet's and FCOS's, which take multiples of 32."""
 
     head_channels: int = 64
-    epochs: int = 3
-    batch_size: int = 8
+    epochs: int = 6
+    batch_size: int = 4
     learning_rate: float = 1e-3
     slices_per_motor: int = 3
 

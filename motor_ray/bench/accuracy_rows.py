@@ -108,10 +108,16 @@ ROWS: dict[str, Row] = {
     "levels": Row(
         title="+ multi-scale",
         role="single",
-        what="heads on P2 and on P3, to which nearly all boxes here belong",
+        what="heads on P2, and on P3 for boxes of 64 pixels and more, which are those of the finer voxel spacings",
         changes={"model": {"levels": 2}},
     ),
     "cbam": Row(title="+ CBAM", role="single", what="attention", changes={"model": {"attention": "cbam"}}),
+    "slices-cbam": Row(
+        title="2.5-D, CBAM",
+        role="single",
+        what="the two together",
+        changes={"model": {**THREE_SLICES, "attention": "cbam"}},
+    ),
     "all": Row(
         title="2.5-D, multi-scale, CBAM",
         role="single",
@@ -181,8 +187,8 @@ ROWS: dict[str, Row] = {
         title="2.5-D ensemble, TTA",
         role="ensemble",
         training="none",
-        of=("slices", "all"),
-        what="2.5-D, and all three parts, answer together, each looking twice",
+        of=("slices", "slices-cbam", "all"),
+        what="2.5-D alone, with CBAM, and with all three parts answer together, each looking twice",
         changes={"detect": {"tta": "fast"}},
     ),
 }

@@ -23,7 +23,8 @@ from motor_ray.bench.object_store import ObjectServer, object_server
 from motor_ray.bench.slices import jpeg_slices, manifest_of, store_slices
 from motor_ray.bench.timing import machine
 from motor_ray.bench.verdict import highest, judge, memory_growth, rounded
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.device import pick_device
 from motor_ray.detector.model import build_model

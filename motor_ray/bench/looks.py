@@ -12,7 +12,7 @@ from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.simulate import motor_counts_like_public
 from motor_ray.bench.timing import machine
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.demo import simulate, train_demo
 from motor_ray.detector.description import Models
 from motor_ray.detector.device import pick_device

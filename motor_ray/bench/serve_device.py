@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motor_ray.config import PASSES, Augmentation, RunSettings, settings_from
+from motor_ray.config import PASSES, Augmentation, RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.answering import Answerer
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.replica import Detector

@@ -13,7 +13,8 @@ import numpy as np
 from motor_ray.bench.load import Picture
 from motor_ray.bench.served import Served, served
 from motor_ray.bench.slices import jpeg_slices
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.answering import Answerer, picture_of

@@ -29,7 +29,8 @@ from motor_ray.archive.manifest import make_manifest
 from motor_ray.bench.model import draw_frames
 from motor_ray.bench.timing import machine, time_in_turn
 from motor_ray.bench.verdict import Wanted, judge
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.demo import simulate
 from motor_ray.detector.device import autocast_dtype, pick_device
 from motor_ray.detector.losses import detection_loss

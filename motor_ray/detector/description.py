@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import motor_ray
 from motor_ray import storage
-from motor_ray.config import RunSettings, flat, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import flat, settings_from
 from motor_ray.errors import CheckpointError, OutageError, StorageError
 
 FORMAT_VERSION = 1

@@ -22,7 +22,8 @@ import ray
 from motor_ray import __version__
 from motor_ray.archive.manifest import check_usable, write_manifest
 from motor_ray.archive.plan import first_look, make_plan, z_stride
-from motor_ray.config import PASSES, RunSettings, results_hash
+from motor_ray.config import PASSES, RunSettings
+from motor_ray.config_values import results_hash
 from motor_ray.detector.description import Ensemble, Models, describe_models
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate

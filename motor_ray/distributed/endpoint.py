@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import ray
 from ray import serve
 
-from motor_ray.config import flat
+from motor_ray.config_values import flat
 from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, holds, possible_nodes, root_cause
 from motor_ray.distributed.replica import Detector
 from motor_ray.distributed.serving import APP, application, detector_resources, model_cards

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from motor_ray.config import RunSettings, settings_hash
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_hash
 from motor_ray.distributed.frames import pixels_of
 from motor_ray.distributed.samples import frame_id
 from motor_ray.errors import RunError

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from motor_ray.config import Settings, read_tree
+from motor_ray.config import Settings
+from motor_ray.config_values import read_tree
 from motor_ray.errors import ConfigError
 
 STARTED_AGAIN = {

@@ -18,7 +18,8 @@ import ray
 
 from motor_ray.archive.labels import Labels, split_labelled
 from motor_ray.archive.manifest import check_usable, join_manifests
-from motor_ray.config import RunSettings, settings_differences
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_differences
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import connected
 from motor_ray.distributed.ledger import alone

@@ -7,7 +7,8 @@ from typing import Any
 
 from ray import serve
 
-from motor_ray.config import Augmentation, settings_from
+from motor_ray.config import Augmentation
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.asking import REFUSED
 from motor_ray.distributed.batches import Batches
 from motor_ray.distributed.serve_environment import log_as_serve

@@ -14,7 +14,8 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from motor_ray.config import RunSettings, checked
+from motor_ray.config import RunSettings
+from motor_ray.config_values import checked
 from motor_ray.detector.description import describe_models
 from motor_ray.distributed.asking import Asking, Detectors, Handle
 from motor_ray.distributed.cluster import gpus

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from motor_ray.archive.labels import Labels, split_labelled
-from motor_ray.config import RunSettings, settings_differences, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_differences, settings_from
 from motor_ray.distributed.samples import with_labelled_spacing
 from motor_ray.distributed.training import check_name, new_model, plan_part, read_metrics
 from motor_ray.distributed.training_loop import rank_of

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from motor_ray.archive.discover import discover
 from motor_ray.archive.plan import looks, make_plan, z_stride
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.description import rescorer_hash
 from motor_ray.distributed.learned import rescoring
 from motor_ray.errors import CheckpointError, MotorRayError, OutageError, TomogramError

@@ -30,7 +30,8 @@ from ray.train.v2.api.validation_config import ValidationConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from motor_ray.archive.labels import Labels, Part, read_labels, split_labelled, write_labels
-from motor_ray.config import RunSettings, settings_differences
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_differences
 from motor_ray.detector.checkpoint import load_weights, save_checkpoint
 from motor_ray.detector.device import ddp_backend
 from motor_ray.detector.model import Detector, build_model

@@ -5,7 +5,7 @@ from typing import Any
 import ray.train
 
 from motor_ray.archive.labels import read_labels
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.detect import detect
 from motor_ray.errors import MotorRayError
 from motor_ray.results import evaluate_run

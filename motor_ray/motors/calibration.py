@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from motor_ray.config import RunSettings, Settings, checked, flat
+from motor_ray.config import RunSettings, Settings
+from motor_ray.config_values import checked, flat
 from motor_ray.storage import exists, read_json
 
 Floats = NDArray[np.float64]

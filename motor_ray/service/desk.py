@@ -9,7 +9,8 @@ from fastapi import Depends, Query, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from motor_ray.archive.pictures import check_pixels, picture_size
-from motor_ray.config import PASSES, Augmentation, RunSettings, settings_from
+from motor_ray.config import PASSES, Augmentation, RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.service.backend import Ask, Backend, Meter, ModelCard, Picture
 from motor_ray.service.intake import SPACINGS, UPLOAD_BYTES, Room
 from motor_ray.service.jobs import Jobs, Record

@@ -21,8 +21,8 @@ from motor_ray.config import (
     Settings,
     TargetSettings,
     TrainSettings,
-    read_settings,
 )
+from motor_ray.config_values import read_settings
 
 Result = tuple[dict[str, Any], int]
 """The JSON object of a verb, and its exit code."""

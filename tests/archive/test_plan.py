@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.archive.plan import LAYER_SLICES, first_look, looks, make_plan, slabs, z_stride
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.tables import MANIFEST, PLAN
 
 ALL = settings_from({"detect": {"exhaustive": True}})

@@ -23,7 +23,8 @@ from motor_ray.bench.peers import slices_of
 from motor_ray.bench.slices import jpeg_slices, manifest_of, quality_for
 from motor_ray.bench.verdict import WANTED, highest, judge, memory_growth
 from motor_ray.cli import main
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.tables import MANIFEST, SLABS

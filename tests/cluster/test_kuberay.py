@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator
 from ray._private.label_utils import validate_node_label_syntax
 
 from motor_ray.cli import parse
-from motor_ray.config import DetectSettings, RunSettings, checked, settings_from
+from motor_ray.config import DetectSettings, RunSettings
+from motor_ray.config_values import checked, settings_from
 from motor_ray.distributed.cluster import holds
 from motor_ray.distributed.job_file import entrypoint, read_job
 from motor_ray.distributed.preflight import TASKS, plan_pools

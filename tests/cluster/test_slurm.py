@@ -18,7 +18,7 @@ import torch
 
 from motor_ray.archive.simulate import simulate_archive
 from motor_ray.cli import VERBS, parse
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from tests.cluster.files import CLUSTER, ROOT, SHELLCHECK

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from motor_ray.cli import parse
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.description import (
     DESCRIPTION,
     FORMAT_VERSION,

@@ -9,7 +9,8 @@ import torch
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.cluster import connected

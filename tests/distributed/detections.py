@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from motor_ray.storage import arrow_filesystem, exists, filesystem, join, list_names, read_bytes, read_json, read_table

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from motor_ray.archive.plan import make_plan
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.answering import Answerer, picture_of

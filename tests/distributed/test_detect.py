@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy
 from motor_ray import storage
 from motor_ray.archive.manifest import find_tomograms, make_manifest
 from motor_ray.archive.plan import first_look
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.description import RESCORER, describe_models, rescorer_hash
 from motor_ray.detector.inference import FEATURES

@@ -3,7 +3,7 @@ import pytest
 
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import slab_of
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.frame_store import FrameStore, fill, is_filled, require_room, store_name
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import with_labelled_spacing

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motor_ray.config import TrainSettings, settings_from
+from motor_ray.config import TrainSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.model import build_model
 from motor_ray.distributed.learner import Learner
 from motor_ray.distributed.optimisation import NotFiniteError, learning_rate, prepared

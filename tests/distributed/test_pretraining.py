@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.pretrained import read_tensors
 from motor_ray.detector.reconstruction import build_reconstructor

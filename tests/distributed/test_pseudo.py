@@ -11,7 +11,7 @@ import pytest
 from motor_ray.archive.labels import Labels, read_labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed import pseudo_steps
 from motor_ray.distributed.pseudo import begin, prepare, pseudo_label, require_possible, require_unseen

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.frames import pixels_of
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.samples import (

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.config import ArchiveSettings, settings_from
+from motor_ray.config import ArchiveSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint, save_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.detector.model import build_model

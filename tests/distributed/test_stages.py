@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import first_look
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.looks import Look
 from motor_ray.distributed.frame_store import FrameStore, fill

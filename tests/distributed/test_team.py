@@ -1,7 +1,7 @@
 import pytest
 import ray
 
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.distributed.cluster import holds
 from motor_ray.distributed.preflight import Room
 from motor_ray.distributed.team import require_team, slots_for, worker_resources

@@ -14,7 +14,7 @@ from PIL import Image
 
 from motor_ray import storage
 from motor_ray.archive.plan import looks, make_plan
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.description import RESCORER, rescorer_hash
 from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.rescore import Rescorer, rescorer_file

@@ -10,7 +10,7 @@ import torch
 from motor_ray import storage
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import root_cause

@@ -15,7 +15,8 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from motor_ray.config import RunSettings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import load_checkpoint
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.storage import exists, filesystem, join, list_names, write_bytes

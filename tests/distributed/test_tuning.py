@@ -11,7 +11,8 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.config import RunSettings, read_settings, settings_from
+from motor_ray.config import RunSettings
+from motor_ray.config_values import read_settings, settings_from
 from motor_ray.distributed.ablation import (
     PARTS,
     Estimate,

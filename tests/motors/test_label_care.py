@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motor_ray.config import CareSettings, settings_from
+from motor_ray.config import CareSettings
+from motor_ray.config_values import settings_from
 from motor_ray.errors import ConfigError, LabelsError
 from motor_ray.motors.label_care import SUSPECTS, Suspects, find_suspects
 from motor_ray.tables import MOTORS, SLABS

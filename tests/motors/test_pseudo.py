@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motor_ray.config import PseudoSettings, settings_from
+from motor_ray.config import PseudoSettings
+from motor_ray.config_values import settings_from
 from motor_ray.errors import ConfigError
 from motor_ray.motors.pseudo import Choice, Limits, Sure, choose, compare_choices, sure_scores
 

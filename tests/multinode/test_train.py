@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.storage import filesystem, join, list_names, read_json, write_bytes
 from tests.distributed.conftest import COUNTS, SHAPE, SMALL
 from tests.distributed.killers import SCORER, TRAINER, until

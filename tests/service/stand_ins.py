@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from motor_ray.archive.pictures import decode_picture
-from motor_ray.config import settings_from
+from motor_ray.config_values import settings_from
 from motor_ray.service.app import create_app
 from motor_ray.service.backend import Ask, ModelCard, Picture
 from motor_ray.service.jobs import Jobs

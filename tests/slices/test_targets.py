@@ -5,14 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motor_ray.config import (
-    HEATMAP_STRIDE,
-    LEVEL_STRIDES,
-    AugmentSettings,
-    FrameSettings,
-    TargetSettings,
-    settings_from,
-)
+from motor_ray.config import HEATMAP_STRIDE, LEVEL_STRIDES, AugmentSettings, FrameSettings, TargetSettings
+from motor_ray.config_values import settings_from
 from motor_ray.detector.decode import decode
 from motor_ray.detector.model import Prediction
 from motor_ray.slices.augment import move_boxes, random_transform, warp
