@@ -346,7 +346,8 @@ class DetectSettings(Settings):
     """Detections kept per slice, best first."""
 
     slab_slices: int = Field(19, ge=1, le=64)
-    """Slices of one tomogram that are read together and travel as one row."""
+    """Slices of one tomogram that are read together and travel as one row, at most: fewer where their frames would
+    weigh more than 10 MB."""
 
     batch_frames: int = Field(8, ge=1)
     """Frames that pass through the network at a time on a GPU; a CPU is fastest one by one."""
@@ -395,11 +396,6 @@ class DetectSettings(Settings):
     def contrasts(self) -> int:
         """Versions of each frame that the network needs: 2 are with CLAHE and without."""
         return 2 if self.tta == "full" else 1
-
-    @property
-    def longest_slab(self) -> int:
-        """Slices of a slab at most: fewer than `slab_slices` if each has two versions, so that rows weigh the same."""
-        return max(self.slab_slices // self.contrasts, 1)
 
 
 class LinkSettings(Settings):

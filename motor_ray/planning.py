@@ -17,8 +17,9 @@ from motor_ray.distributed.detect import settings_of_model
 from motor_ray.distributed.estimate import Measured, measure
 from motor_ray.distributed.loading import READ_THREADS
 from motor_ray.distributed.pipeline import LOADER_CPUS, SLABS_PER_FILE
-from motor_ray.distributed.preflight import LOADER_BYTES, SLAB_BYTES, TASKS, Room, plan_pools, scorer_bytes
+from motor_ray.distributed.preflight import LOADER_BYTES, TASKS, Room, plan_pools, scorer_bytes
 from motor_ray.errors import ConfigError
+from motor_ray.slab_plan import SLAB_BYTES
 
 PIPELINE_COSTS = 4 / 3
 """Core seconds in the pipeline for each of LoadSlab's own: on two cores Ray cost a quarter of the slices that they

@@ -17,10 +17,13 @@ ALLOWED = {
     "detector": BASE | {"slices"},
     "motors": BASE,
     "service": BASE | {"archive", "motors"},
-    "distributed": BASE | {"archive", "slices", "detector", "motors", "results", "tracking", "progress", "service"},
+    "distributed": BASE
+    | {"archive", "slices", "detector", "motors", "results", "tracking", "progress", "service"}
+    | {"slab_plan"},
     "results": BASE | {"archive", "slices", "motors", "views"},
     "refining": BASE | {"archive", "detector", "motors", "results"},
     "views": BASE | {"archive", "slices", "motors"},
+    "slab_plan": BASE | {"archive", "slices"},
     "tracking": BASE,
     "progress": set(),
     "config": set(),
@@ -31,8 +34,8 @@ ALLOWED = {
     "s3": {"errors", "retry", "sources"},
     "buckets": {"retry", "sources", "s3"},
     "client": {"errors"},
-    "capacity": BASE | {"archive", "slices"},
-    "planning": BASE | {"archive", "capacity", "detector", "distributed"},
+    "capacity": BASE | {"archive", "slices", "slab_plan"},
+    "planning": BASE | {"archive", "capacity", "detector", "distributed", "slab_plan"},
     "errors": set(),
     "machine": set(),
     "tables": set(),
@@ -40,6 +43,7 @@ ALLOWED = {
     | {"archive", "slices", "detector", "motors", "service", "client", "distributed", "progress", "results", "demo"}
     | {"capacity"}  # to compare what it foretells with what is measured
     | {"views"}  # how large a true box is, to score slices of its own choice
+    | {"slab_plan"}
     | {"refining"},  # what can be learned of a trained detector is compared as well
     "demo": BASE | {"archive", "distributed", "results", "progress"},
     "verbs": BASE

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motor_ray.archive.plan import first_look
 from motor_ray.bench.children import Run
 from motor_ray.bench.detect import SETTINGS
 from motor_ray.bench.notes import Steady
@@ -29,6 +28,7 @@ from motor_ray.distributed.estimate import Measured, Sample, Take
 from motor_ray.distributed.preflight import Pools, Room
 from motor_ray.errors import ConfigError
 from motor_ray.planning import Asked, cluster_of, rates_of, score_seconds
+from motor_ray.slab_plan import first_look
 from motor_ray.tables import SLABS
 
 NOTHING = Station(1, 0.0)

@@ -19,8 +19,7 @@ COARSEST_ANGSTROM = 20.0
 """Taken for the voxel spacing of a tomogram whose own is unknown: looks are then close enough at any usual one."""
 
 LAYER_SLICES = 19
-"""Slices of one chunk layer that may travel as one row, even if slabs are shorter: a layer is then read once. That
-many frames of 720 x 720 have 10 MB, the most that Ray wants in a row."""
+"""Slices of one chunk layer that may travel as one row, even if slabs are shorter: a layer is then read once."""
 
 PIECE = 1000
 """Tomograms whose slabs are held in memory at a time."""
@@ -45,34 +44,27 @@ def looks(size_z: int, stride: int) -> list[int]:
     return zs if size_z - 1 - zs[-1] <= stride // 2 else [*zs, size_z - 1]
 
 
-def first_look(manifest: pa.Table, settings: RunSettings) -> Iterator[pa.Table]:
-    """The PLAN of a first look at every tomogram of the MANIFEST, in pieces.
-
-    The same manifest and settings give the same slabs with the same ids.
-    """
-    for piece in pieces(manifest):
-        rows = piece.to_pylist()
-        zs = {row["tomo_id"]: looks(row["size_z"], z_stride(row["voxel_spacing_angstrom"], settings)) for row in rows}
-        yield make_plan(rows, zs, settings.detect.longest_slab)
-
-
-def make_plan(tomograms: Iterable[Row], zs: Mapping[str, Sequence[int]], slab_slices: int) -> pa.Table:
+def make_plan(
+    tomograms: Iterable[Row], zs: Mapping[str, Sequence[int]], slab_slices: int, fitting: Mapping[str, int]
+) -> pa.Table:
     """A PLAN in which each of the slices `zs` of each of `tomograms`, rows of the MANIFEST, stands exactly once.
 
-    Slabs hold up to `slab_slices` slices, or those of one chunk layer; a layer is split only if it is deeper than
-    LAYER_SLICES.
+    Slabs hold up to `slab_slices` slices, or those of one chunk layer of up to LAYER_SLICES; but never more than memory
+    holds, `fitting` by tomogram.
     """
     rows = [
         slab_of(row, slab)
         for row in tomograms
-        for slab in slabs(sorted(zs.get(row["tomo_id"], [])), row.get("chunk_depth") or 1, slab_slices)
+        if (own := sorted(zs.get(row["tomo_id"], [])))
+        for slab in slabs(own, row.get("chunk_depth") or 1, slab_slices, fitting[row["tomo_id"]])
     ]
     return pa.Table.from_pylist(rows, schema=PLAN)
 
 
-def slabs(zs: Sequence[int], chunk_depth: int, slab_slices: int) -> Iterator[list[int]]:
+def slabs(zs: Sequence[int], chunk_depth: int, slab_slices: int, fitting: int) -> Iterator[list[int]]:
     """`zs`, ascending, cut into slabs so that no chunk layer is in two of them unless it must be; else evenly."""
-    longest = max(slab_slices, LAYER_SLICES) if chunk_depth > 1 else slab_slices
+    longest = min(max(slab_slices, LAYER_SLICES) if chunk_depth > 1 else slab_slices, fitting)
+    slab_slices = min(slab_slices, fitting)
     slab_slices = math.ceil(len(zs) / max(math.ceil(len(zs) / slab_slices), 1))
     slab: list[int] = []
     for layer in _layers(zs, chunk_depth):

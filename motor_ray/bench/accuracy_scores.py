@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from motor_ray.archive.labels import Labels
-from motor_ray.archive.plan import first_look
 from motor_ray.bench.accuracy_archives import Archive
 from motor_ray.config import EvaluateSettings, RunSettings
 from motor_ray.detector.rescore import train_rescorer
@@ -31,6 +30,7 @@ from motor_ray.motors.neighbourhood import Neighbourhoods, neighbourhoods
 from motor_ray.motors.slice_metrics import mean_average_precision
 from motor_ray.refining import candidates, out_of_fold
 from motor_ray.results import evaluate_run, run_settings
+from motor_ray.slab_plan import first_look
 from motor_ray.storage import read_table, write_json, write_table
 from motor_ray.tables import FAILURES, SLABS
 from motor_ray.views import box_edges

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from motor_ray.archive.plan import first_look
 from motor_ray.bench.peers import daft, torch_data_loader
 from motor_ray.config import RunSettings
 from motor_ray.config_values import settings_from
 from motor_ray.machine import cores
+from motor_ray.slab_plan import first_look
 from motor_ray.storage import join, read_json, read_table, write_json, write_table
 
 if TYPE_CHECKING:

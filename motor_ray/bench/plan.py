@@ -13,7 +13,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from motor_ray.archive.plan import looks, slabs
 from motor_ray.bench.children import Run
 from motor_ray.bench.detect import SETTINGS, Sizes, Stand
 from motor_ray.bench.object_store import object_server
@@ -23,6 +22,7 @@ from motor_ray.bench.verdict import Wanted, judge
 from motor_ray.capacity.forecast import LOADER_CORES
 from motor_ray.capacity.line import Line, Station
 from motor_ray.capacity.simulation import run_line
+from motor_ray.capacity.workload import alike
 from motor_ray.config import RunSettings
 from motor_ray.detector.device import pick_device
 from motor_ray.distributed.pipeline import FILES, SLABS_PER_FILE
@@ -151,9 +151,8 @@ def foretell(case: Case, calibration: Calibration, sizes: Sizes, settings: RunSe
 
 def line_of(case: Case, core_seconds: float, sizes: Sizes, settings: RunSettings) -> tuple[Line, int]:
     """The pipeline of a case, and how many slabs it has; what storage and driver take is in the core seconds."""
-    lengths = [len(slab) for slab in slabs(looks(sizes.shape[0], 1), 1, settings.detect.slab_slices)]
-    total = len(lengths) * sizes.tomograms * case.times
-    slab_slices = statistics.mean(lengths)
+    first = alike(sizes.tomograms * case.times, sizes.shape, None, settings, 0.0).first
+    total, slab_slices = first.slabs, first.slab_slices
     nothing = Station(1, 0.0)
     line = Line(
         driver=nothing,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from motor_ray.archive.plan import first_look
 from motor_ray.config import RunSettings
+from motor_ray.slab_plan import first_look
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import MANIFEST
 
@@ -109,4 +109,4 @@ def _frame_bytes(manifest: pa.Table, settings: RunSettings) -> float:
         for kind in kinds
     ]
     mean = float(np.average(tiles, weights=[kind["count_all"] for kind in kinds]))
-    return mean * settings.frame.size**2 * settings.model.in_slices
+    return mean * settings.frame.size**2 * settings.model.in_slices * settings.detect.contrasts

@@ -21,7 +21,7 @@ import ray
 
 from motor_ray import __version__
 from motor_ray.archive.manifest import check_usable, write_manifest
-from motor_ray.archive.plan import first_look, make_plan, z_stride
+from motor_ray.archive.plan import z_stride
 from motor_ray.config import PASSES, RunSettings
 from motor_ray.config_values import results_hash
 from motor_ray.detector.description import Ensemble, Models, describe_models
@@ -37,6 +37,7 @@ from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.distributed.sharing import first_tomogram, require_shared
 from motor_ray.errors import RunError, UnfinishedError
 from motor_ray.motors.second_look import second_look
+from motor_ray.slab_plan import first_look, plan_of
 from motor_ray.storage import absolute, exists, join, read_json, retries, write_bytes, write_json
 from motor_ray.tables import PLAN, table_hash
 
@@ -227,7 +228,7 @@ class Job:
             rows = tomograms.to_pylist()
             sizes = {row["tomo_id"]: row["size_z"] for row in rows}
             strides = {row["tomo_id"]: z_stride(row["voxel_spacing_angstrom"], self.settings) for row in rows}
-            yield make_plan(rows, second_look(slabs, sizes, strides, detect), detect.longest_slab)
+            yield plan_of(rows, second_look(slabs, sizes, strides, detect), self.settings)
 
     def _pools(self) -> Pools:
         """Actors for what the cluster is now; how many loaders a scorer needs is known from the second look on."""

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 
-from motor_ray.archive.plan import first_look, z_stride
+from motor_ray.archive.plan import z_stride
 from motor_ray.config import RunSettings
 from motor_ray.distributed.cluster import connected, nodes, root_cause
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
@@ -21,6 +21,7 @@ from motor_ray.errors import UnfinishedError
 from motor_ray.motors.failures import failed_slices
 from motor_ray.motors.second_look import second_look
 from motor_ray.progress import progress_bar
+from motor_ray.slab_plan import first_look
 from motor_ray.storage import Traffic, traffic
 
 SAMPLE_SECONDS = 30.0

@@ -7,7 +7,7 @@ so that counts add up and a row keeps its id from the plan to the file.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from motor_ray.archive.readers import TomogramReader, open_tomogram, read_slices
 from motor_ray.config import RunSettings
 from motor_ray.distributed.frames import frames_table
 from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, SliceMissingError
+from motor_ray.slices.channels import channel_step, channels_of, with_neighbours
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import contrasts_of, make_frames
 from motor_ray.slices.repair import Repair, find_repair, repaired
@@ -133,31 +134,6 @@ class LoadSlab:
 def loader_arguments(settings: RunSettings) -> dict[str, Any]:
     """What LoadSlab takes to make frames for detection, which training does without."""
     return {"settings": settings, "contrasts": settings.detect.contrasts}
-
-
-def channel_step(voxel_spacing_angstrom: float | None, settings: RunSettings) -> int:
-    """How many slices lie between the channels of an image of such a tomogram; 0 if it has but one channel.
-
-    A spacing that is unknown is taken to be ``link.assumed_spacing_angstrom``.
-    """
-    model = settings.model
-    if model.in_slices == 1:
-        return 0
-    if model.slice_step_angstrom is None:
-        return model.slice_step
-    spacing = voxel_spacing_angstrom or settings.link.assumed_spacing_angstrom
-    return max(round(model.slice_step_angstrom / spacing), 1)
-
-
-def channels_of(z: int, size_z: int, step: int) -> list[int]:
-    """The slices that are the channels of slice `z`, in order; beyond its ends the tomogram goes on as it ended."""
-    steps = (-step, 0, step) if step else (0,)
-    return [min(max(z + one, 0), size_z - 1) for one in steps]
-
-
-def with_neighbours(zs: Iterable[int], size_z: int, step: int) -> list[int]:
-    """The channels of all of `zs`, in order and each once: what has to be read."""
-    return sorted({channel for z in zs for channel in channels_of(z, size_z, step)})
 
 
 def entry_of(z: int, fate: Fate) -> dict[str, Any]:

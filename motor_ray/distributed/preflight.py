@@ -14,6 +14,7 @@ import ray
 from motor_ray.config import DetectSettings
 from motor_ray.distributed.cluster import holds, possible_nodes
 from motor_ray.errors import RunError
+from motor_ray.slab_plan import SLAB_BYTES
 
 TASKS = 3
 """CPU slots for what comes and goes: reading the plan, and writing slabs, two files at a time."""
@@ -26,9 +27,6 @@ NETWORK_BYTES = 400 * 10**6
 
 LOADER = {"CPU": 1, "memory": LOADER_BYTES}
 """What a loader is counted as."""
-
-SLAB_BYTES = 10_000_000
-"""A slab of 19 frames of 720 x 720 has 9.9 MB."""
 
 SLABS_AHEAD = 8
 """Slabs per actor that may wait between loading and scoring. Left alone, Ray fills a third of the memory with them:

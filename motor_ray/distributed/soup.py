@@ -8,7 +8,6 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from motor_ray.archive.plan import first_look
 from motor_ray.config import ArchiveSettings, DetectSettings, RunSettings
 from motor_ray.detector.checkpoint import load_checkpoint, save_checkpoint
 from motor_ray.detector.description import (
@@ -23,6 +22,7 @@ from motor_ray.detector.soup import average_weights, take_statistics
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.scoring import images_of
 from motor_ray.errors import CheckpointError, RunError
+from motor_ray.slab_plan import first_look
 from motor_ray.slices.frame import frames_of
 from motor_ray.storage import absolute, exists, join
 

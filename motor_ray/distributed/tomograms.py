@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from motor_ray.archive.discover import discover
-from motor_ray.archive.plan import looks, make_plan, z_stride
+from motor_ray.archive.plan import looks, z_stride
 from motor_ray.config import RunSettings
 from motor_ray.config_values import settings_from
 from motor_ray.detector.description import rescorer_hash
@@ -33,6 +33,7 @@ from motor_ray.service.problems import OURS, describe, problem_of
 from motor_ray.service.results import motors_shown
 from motor_ray.service.settings import ServeSettings
 from motor_ray.service.together import all_or_none
+from motor_ray.slab_plan import plan_of
 from motor_ray.tables import MANIFEST, SLABS
 
 SLAB_SLICES = 4
@@ -187,7 +188,7 @@ class TomogramDesk:
 
     async def _score(self, record: Record, row: Mapping[str, Any], model: Served, zs: list[int]) -> pa.Table:
         """The SLABS of some slices of a tomogram."""
-        plan = make_plan([dict(row)], {row["tomo_id"]: zs}, SLAB_SLICES).to_pylist()
+        plan = plan_of([dict(row)], {row["tomo_id"]: zs}, model.settings, SLAB_SLICES).to_pylist()
         await self._note(record, slices_planned=record["slices_planned"] + len(zs))
         room, noted, noting = asyncio.Semaphore(self.ahead), time.monotonic(), asyncio.Lock()
 

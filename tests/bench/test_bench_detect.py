@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.archive.jpeg_stack import decode_image
-from motor_ray.archive.plan import first_look
 from motor_ray.bench.children import run_contestant
 from motor_ray.bench.contestants import Job
 from motor_ray.bench.detect import PEERS, SETTINGS, Sizes, bench_detect, require_libraries
@@ -27,6 +26,7 @@ from motor_ray.config import RunSettings
 from motor_ray.config_values import settings_from
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import RunError, UnfinishedError
+from motor_ray.slab_plan import first_look
 from motor_ray.tables import MANIFEST, SLABS
 
 SMALL = settings_from(

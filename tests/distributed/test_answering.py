@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from motor_ray.archive.plan import make_plan
+from motor_ray.archive.plan import slab_of
 from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.model import build_model
@@ -18,6 +18,7 @@ from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import MotorRayError, SliceCorruptError, TomogramError
 from motor_ray.service.backend import ModelCard
+from motor_ray.tables import PLAN
 from tests.archive.test_pictures import SEEDS, mutated
 from tests.distributed.conftest import SMALL
 from tests.service.asking import ask, form
@@ -67,7 +68,7 @@ def app(answerer):
 
 def slab(settings, checkpoint, row, zs):
     """What bulk detection finds on the slices `zs`."""
-    plan = make_plan([row], {row["tomo_id"]: zs}, len(zs))
+    plan = pa.Table.from_pylist([slab_of(row, zs)], schema=PLAN)
     (found,) = ScoreFrames(settings, checkpoint)(LoadSlab(**loader_arguments(settings))(plan)).to_pylist()
     return found["slices"]
 
@@ -141,7 +142,7 @@ def test_several_models_with_augmentation_of_their_own_answer_as_in_bulk(archive
     row = row_of(pattern, (20, 96, 96))
     (entry,) = slab(settings, checkpoint, row, [4])
     assert_same(looked(answerer, Path(str(pattern).format(z=4)).read_bytes()), entry)
-    (seen,) = answerer.look([answerer.prepare_slab(make_plan([row], {"t": [4]}, 1).to_pylist()[0])])[0].slices
+    (seen,) = answerer.look([answerer.prepare_slab(slab_of(row, [4]))])[0].slices
     assert_same(seen, entry)
 
 
@@ -190,8 +191,7 @@ def test_a_slab_is_answered_as_in_bulk_with_what_cannot_be_read(answerer, damage
     folder = sorted(Path(damaged).iterdir())[0]
     row = row_of(folder / "slice_{z:04d}.jpg", (20, 96, 96))
     zs = list(range(2, 8))
-    (plan,) = make_plan([row], {"t": zs}, len(zs)).to_pylist()
-    prepared = answerer.prepare_slab(plan)
+    prepared = answerer.prepare_slab(slab_of(row, zs))
     (answer,) = answerer.look([prepared])
     expected = slab(SMALL, checkpoint, row, zs)
     assert [one["status"] for one in answer.slices] == ["ok", "missing", "corrupt", "ok", "ok", "ok"]
@@ -202,7 +202,7 @@ def test_a_slab_is_answered_as_in_bulk_with_what_cannot_be_read(answerer, damage
 
 
 def test_a_slab_of_which_nothing_can_be_read_may_stand_among_others(answerer, archive, tmp_path):
-    (none,) = make_plan([row_of(tmp_path / "{z}.jpg", (3, 96, 96))], {"t": [0, 1]}, 4).to_pylist()
+    none = slab_of(row_of(tmp_path / "{z}.jpg", (3, 96, 96)), [0, 1])
     folder = sorted(Path(archive.uri).iterdir())[0]
     good = answerer.prepare_picture((folder / "slice_0002.jpg").read_bytes(), None, MOST)
     answers = answerer.look([answerer.prepare_slab(none), good, answerer.prepare_slab(none)])

@@ -14,7 +14,6 @@ from ray.data import ActorPoolStrategy
 
 from motor_ray import storage
 from motor_ray.archive.manifest import find_tomograms, make_manifest
-from motor_ray.archive.plan import first_look
 from motor_ray.config_values import settings_from
 from motor_ray.detector.checkpoint import save_checkpoint
 from motor_ray.detector.description import RESCORER, describe_models, rescorer_hash
@@ -41,6 +40,7 @@ from motor_ray.distributed.scoring import ScoreFrames
 from motor_ray.errors import CheckpointError, ManifestError, RunError, UnfinishedError
 from motor_ray.motors.neighbourhood import GEOMETRY, PRESENT
 from motor_ray.results import finished_run
+from motor_ray.slab_plan import first_look
 from motor_ray.tables import FAILURES, MANIFEST, MOTORS, PLAN, table_hash
 
 NONE = FAILURES.empty_table()

@@ -9,7 +9,6 @@ from motor_ray.distributed.preflight import (
     LOADER_BYTES,
     NETWORK_BYTES,
     SCORER_BYTES,
-    SLAB_BYTES,
     TASKS,
     Pools,
     Room,
@@ -17,6 +16,7 @@ from motor_ray.distributed.preflight import (
     plan_pools,
 )
 from motor_ray.errors import RunError
+from motor_ray.slab_plan import SLAB_BYTES
 
 LAPTOP = Room(cpus=6, gpus=0, memory=12 * 10**9, object_store=4 * 10**9)
 CLUSTER = Room(cpus=256, gpus=8, memory=10**12, object_store=2 * 10**11)

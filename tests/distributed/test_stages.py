@@ -8,15 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motor_ray.archive.manifest import make_manifest
-from motor_ray.archive.plan import first_look
 from motor_ray.config_values import settings_from
 from motor_ray.detector.inference import FEATURES
 from motor_ray.detector.looks import Look
 from motor_ray.distributed.frame_store import FrameStore, fill
 from motor_ray.distributed.frames import FRAMES, frames_table, pixels_of
-from motor_ray.distributed.loading import LoadSlab, channel_step, channels_of, loader_arguments, with_neighbours
+from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.scoring import ScoreFrames, images_of, merge_frames, slice_of
 from motor_ray.errors import OutageError
+from motor_ray.slab_plan import first_look
+from motor_ray.slices.channels import channel_step, channels_of, with_neighbours
 from motor_ray.slices.frame import frames_of
 from motor_ray.tables import PLAN, SLABS
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from motor_ray import storage
-from motor_ray.archive.plan import looks, make_plan
+from motor_ray.archive.plan import looks
 from motor_ray.config_values import settings_from
 from motor_ray.detector.description import RESCORER, rescorer_hash
 from motor_ray.detector.inference import FEATURES
@@ -32,6 +32,7 @@ from motor_ray.service.backend import ModelCard
 from motor_ray.service.jobs import OVER, Jobs, new_id, new_record
 from motor_ray.service.settings import ServeSettings, ServiceSettings
 from motor_ray.service.together import all_or_none
+from motor_ray.slab_plan import plan_of
 from motor_ray.storage import DEFAULTS, list_names
 from motor_ray.tables import MANIFEST, SLABS
 from tests.distributed.conftest import SMALL
@@ -164,7 +165,7 @@ def linked(settings, checkpoint, uri, volume, spacing, *, job_id="t"):
     score, load = ScoreFrames(settings, checkpoint), LoadSlab(settings)
 
     def slabs(zs):
-        return score(load(make_plan([row], {job_id: zs}, 6))) if zs else SLABS.empty_table()
+        return score(load(plan_of([row], {job_id: zs}, SMALL))) if zs else SLABS.empty_table()
 
     stride = settings.detect.z_stride or 1
     found = slabs(looks(volume.shape[0], stride))
