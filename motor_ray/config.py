@@ -74,7 +74,7 @@ class PreprocessSettings(Settings):
     """Clip limit of CLAHE."""
 
     clahe_tiles: int = Field(8, ge=1, le=64)
-    """CLAHE tiles along each edge of the frame."""
+    """CLAHE tiles along each edge of the slice as it is resampled for frames."""
 
     @model_validator(mode="after")
     def _percentiles_ascend(self) -> "PreprocessSettings":

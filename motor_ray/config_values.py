@@ -117,6 +117,8 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 def _sentence(error: Mapping[str, Any], tree: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # our own words about several settings, which name them and what they are
+        return f"{place}: {error['ctx']['error']}" if place else str(error["ctx"]["error"])
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}, got {error['input']!r}"
     known = _known_names(error["loc"][:-1], tree)

@@ -214,7 +214,7 @@ def out_of_fold(there: Candidates, train: Train, seed: int) -> NDArray[np.float6
 
 
 def folds(tomo_ids: pd.Series, is_motor: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
-    """Which of FOLDS parts each candidate is in: those of a tomogram together, and of both kinds some in each.
+    """Which of FOLDS parts each candidate is in: those of a tomogram together, motors in each.
 
     Raises MetricError if fewer than FOLDS tomograms have a candidate that is a motor, or one that is none.
     """

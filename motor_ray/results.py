@@ -25,7 +25,7 @@ from motor_ray.motors.figures import MotorsPanel, dataset_check, motors_figure, 
 from motor_ray.motors.label_care import KINDS, find_suspects
 from motor_ray.motors.matching import outcomes
 from motor_ray.storage import absolute, exists, join, read_json, read_table, write_bytes, write_table
-from motor_ray.views import box_edges, check_row, close_ups, motors_panel
+from motor_ray.views import box_edges, check_row, close_ups, motors_panel, spacing_of
 
 Row = dict[str, Any]
 
@@ -48,15 +48,18 @@ def evaluate_run(detections: str, labels: Labels, settings: EvaluateSettings) ->
     trained = run_settings(detections)
     motors = read_table(join(detections, "motors.parquet"))
     settings, origin = decided(detections, motors, settings)
-    plan = read_table(join(detections, "plan.parquet"))
-    shapes = {row["tomo_id"]: (row["size_y"], row["size_x"]) for row in plan.to_pylist()}
-    spacings = labels.tomograms.set_index("tomo_id")["voxel_spacing_angstrom"].to_dict()
+    known = set(labels.tomograms["tomo_id"])
+    tomograms = read_table(join(detections, "tomograms.parquet")).to_pylist()
     scores = evaluate(
         read_table(join(detections, "slabs")),
         motors,
         labels.motors,
         labels.tomograms,
-        {name: box_edges(shape, spacings.get(name), trained) for name, shape in shapes.items()},
+        {
+            row["tomo_id"]: box_edges((row["size_y"], row["size_x"]), spacing_of(row, labels), trained)
+            for row in tomograms
+            if row["tomo_id"] in known
+        },
         reach_angstrom=trained.targets.reach_angstrom,
         settings=settings,
     )
@@ -220,11 +223,12 @@ def care_for_labels(
     no tomogram is both labelled and looked at.
     """
     run = run_settings(detections)
-    if settings.wrong_score < run.detect.score_threshold:
+    if settings.wrong_score < (kept := run.detect.score_threshold):
+        flags = f"--care.wrong-score {kept:g}" + (f" --care.missing-score {kept:g}" * (kept > settings.missing_score))
         raise ConfigError(
             f"care.wrong_score {settings.wrong_score:g}: the run kept no detections below "
-            f"{run.detect.score_threshold:g}; give --care.wrong-score {run.detect.score_threshold:g}, or detect again "
-            f"with --detect.score-threshold {settings.wrong_score:g}"
+            f"{kept:g}; give {flags}, or detect again with --detect.score-threshold "
+            f"{settings.wrong_score:g}"
         )
     if exists(out):
         raise ExportError(f"{out}: is there already, and nothing is overwritten; remove it or give another --out")

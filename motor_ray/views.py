@@ -18,6 +18,7 @@ from motor_ray.motors.figures import CheckRow, MotorsPanel, close_up
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.preprocess import make_frames, to_uint8
+from motor_ray.slices.repair import SOUND, find_repair, repaired
 from motor_ray.slices.targets import box_on_frame, boxes_on_frame, draw_levels, whole_heatmap
 
 Row = dict[str, Any]
@@ -37,9 +38,14 @@ def box_edges(slice_shape: tuple[int, int], spacing: float | None, settings: Run
     return float(height), float(width)
 
 
+def spacing_of(row: Row, labels: Labels) -> float:
+    """The voxel spacing that the network was taught a tomogram with: the manifest's, where it has none the labels'."""
+    return row["voxel_spacing_angstrom"] or labels.spacing_of(row["tomo_id"])
+
+
 def check_row(title: str, row: Row, labels: Labels, settings: RunSettings, changes: AugmentSettings) -> CheckRow:
     """One line of the dataset check: the middle slice, or that of the tomogram's first motor, and its frame there."""
-    motors, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
+    motors, spacing = labels.motors_of(row["tomo_id"]), spacing_of(row, labels)
     z = min(round(motors[0, 0]), row["size_z"] - 1) if len(motors) else row["size_z"] // 2
     image = read_slice(row, z, settings.archive)
     targets = settings.targets
@@ -50,7 +56,8 @@ def check_row(title: str, row: Row, labels: Labels, settings: RunSettings, chang
         for frame in placement
     ]
     tile = int(np.argmax([len(some) for some in boxes]))
-    pixels = make_frames(image, placement, settings.preprocess)[tile]
+    fault = find_repair([image], settings.preprocess) if settings.archive.repair else SOUND
+    pixels = make_frames(repaired(image, fault), placement, settings.preprocess)[tile]
     rng = sample_generator(settings.train.seed, 0, row["tomo_id"])
     augmented, moved = augment(pixels[None], boxes[tile], rng, changes)
     heatmap = whole_heatmap(draw_levels(moved, settings.frame.size, targets, settings.model.levels))
@@ -71,7 +78,7 @@ def close_ups(
             continue
         if "distance_angstrom" in motor:
             panel = panel._replace(title=f"{panel.title}\n{motor['distance_angstrom'] / 10:.0f} nm off")
-        yield close_up(panel, motor["y"], motor["x"], CLOSE_UP_ANGSTROM / labels.spacing_of(row["tomo_id"]))
+        yield close_up(panel, motor["y"], motor["x"], CLOSE_UP_ANGSTROM / spacing_of(row, labels))
 
 
 def motors_panel(row: Row, labels: Labels, found: NDArray[np.float64], settings: RunSettings) -> MotorsPanel:
@@ -88,7 +95,7 @@ def _slice_at(z: float, row: Row) -> int:
 
 def panel_at(z: int, row: Row, labels: Labels, found: NDArray[np.float64], settings: RunSettings) -> MotorsPanel:
     """Slice `z` of a tomogram, and the motors near it: those of the labels, and ``(n, 4)`` z, y, x, score `found`."""
-    true, spacing = labels.motors_of(row["tomo_id"]), labels.spacing_of(row["tomo_id"])
+    true, spacing = labels.motors_of(row["tomo_id"]), spacing_of(row, labels)
     image = to_uint8(read_slice(row, z, settings.archive), settings.preprocess)
     near_true, near_found = (some[np.abs(some[:, 0] - z) * spacing <= NEAR_ANGSTROM, 1:] for some in (true, found))
     edge = box_edges((row["size_y"], row["size_x"]), spacing, settings)[0]

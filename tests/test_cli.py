@@ -44,6 +44,11 @@ def test_flags_win_over_the_yaml_file_which_wins_over_the_defaults(tmp_path):
     assert settings.train.learning_rate == RunSettings().train.learning_rate
 
 
+def test_flags_that_contradict_one_another_are_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match=r"^flags: train\.batch_norm frozen keeps .* there is no train\.start_from; "):
+        all_settings(parse([*TRAIN, "--train.batch-norm", "frozen", "--model.pretrained", "none"]))
+
+
 def test_without_flags_the_settings_are_the_recipe():
     assert all_settings(parse(TRAIN)) == RunSettings()
 

@@ -57,6 +57,13 @@ def test_networks_that_make_no_sense_are_refused_with_both_values(model, complai
         settings_from({"model": model})
 
 
+def test_settings_that_contradict_one_another_are_told_in_a_sentence_without_the_rest():
+    with pytest.raises(ConfigError, match=r"^run\.yaml: train: cycles must divide epochs, got 5 and 99$"):
+        settings_from({"train": {"schedule": "cyclic", "epochs": 99}}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"^run\.yaml: train\.batch_norm frozen keeps[^{]*$"):
+        settings_from({"train": {"batch_norm": "frozen"}, "model": {"pretrained": "none"}}, "run.yaml")
+
+
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         RunSettings().train.epochs = 3  # type: ignore[misc]

@@ -11,13 +11,17 @@ import pytest
 
 from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
 from motor_ray.archive.manifest import make_manifest
+from motor_ray.archive.plan import slab_of
+from motor_ray.archive.simulate import simulate_archive
 from motor_ray.archive.volumes import write_volume
-from motor_ray.config import CareSettings, EvaluateSettings, RunSettings
+from motor_ray.config import AugmentSettings, CareSettings, EvaluateSettings, RunSettings
 from motor_ray.config_values import settings_from
+from motor_ray.distributed.loading import LoadSlab
 from motor_ray.errors import ConfigError, ExportError, RunError
 from motor_ray.results import care_for_labels, draw_dataset_check, draw_validation
 from motor_ray.storage import join, read_table, write_json, write_table
 from motor_ray.tables import MOTORS, SLABS
+from motor_ray.views import check_row, read_slice
 
 SHAPE, SPACING = (12, 64, 80), 50.0
 TRUTH = {"a": [(3.0, 20.0, 30.0), (9.0, 50.0, 70.0)], "b": [(6.0, 10.0, 10.0)], "c": [], "other": [(1.0, 1.0, 1.0)]}
@@ -102,6 +106,23 @@ def test_the_check_of_the_data_draws_targets_that_fade_or_do_not(
     assert height_of(tmp_path / "check.png") > 500
 
 
+def test_the_check_of_the_data_shows_what_the_network_sees_of_a_damaged_tomogram(tmp_path: Path) -> None:
+    """Bytes that were wrapped are mended before frames are made of them, here as in training."""
+    simulated = simulate_archive(str(tmp_path), 1, 1, SHAPE, voxel_spacing_angstrom=SPACING, processes=1)
+    [tomogram] = make_manifest(str(tmp_path / "train"), SETTINGS.archive).to_pylist()
+    slices = [read_slice(tomogram, z, SETTINGS.archive) for z in range(SHAPE[0])]
+    (tmp_path / "torn").mkdir()
+    write_volume(tmp_path / "torn", tomogram["tomo_id"], np.stack(slices) ^ np.uint8(128), SPACING, "mrc")
+    [torn] = make_manifest(str(tmp_path / "torn"), SETTINGS.archive).to_pylist()
+    still = dict.fromkeys(("rotation_degrees", "scaling", "translation_pixels", "poisson_probability"), 0.0)
+    drawn = check_row("torn", torn, simulated, SETTINGS, AugmentSettings(blur_sigma_max=0, **still)).augmented
+    motors = simulated.motors_of(tomogram["tomo_id"])
+    z = round(motors[0, 0]) if len(motors) else SHAPE[0] // 2
+    loaded = LoadSlab(SETTINGS).load(slab_of(torn, [z]))
+    assert "wrapped" in loaded["loaded"][0]["note"]
+    np.testing.assert_array_equal(drawn, loaded["frames"][0, 0])
+
+
 def with_slabs(run: str) -> str:
     """The slabs of a run that saw nothing on single slices, but could read all."""
     slices: list[dict[str, object]] = [
@@ -143,3 +164,6 @@ def test_a_run_that_kept_too_little_cannot_say_which_labels_it_does_not_see(
     run = with_slabs(finished_run(tmp_path / "run", manifest))
     with pytest.raises(ConfigError, match=r"kept no detections below 0\.1; give --care\.wrong-score 0\.1, or detect"):
         care_for_labels(manifest, labels, run, str(tmp_path / "care"), CareSettings(wrong_score=0.05))
+    little = CareSettings(wrong_score=0.01, missing_score=0.05)
+    with pytest.raises(ConfigError, match=r"give --care\.wrong-score 0\.1 --care\.missing-score 0\.1, or detect"):
+        care_for_labels(manifest, labels, run, str(tmp_path / "care"), little)

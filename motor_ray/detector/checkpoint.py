@@ -110,7 +110,12 @@ def _replace_directory(target: Path, data: bytes, description: dict[str, Any]) -
             _write(str(fresh), data, description)
             if target.exists():
                 os.rename(target, old)
-            os.rename(fresh, target)
+            try:
+                os.rename(fresh, target)
+            except BaseException:
+                if old.exists():  # it would go with the folder that both were in
+                    os.rename(old, target)
+                raise
     except StorageError:
         raise
     except OSError as error:

@@ -65,7 +65,8 @@ class Looker:
             # Copied, because torch cannot look at the object store's read-only memory.
             frames = torch.tensor(images[start : start + self.settings.batch_frames])
             prediction, cells = self.see(frames, self.settings.tta if tta is None else tta)
-            sound = prediction.heatmap.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
+            maps = torch.cat([prediction.heatmap, prediction.size, prediction.offset], dim=1)
+            sound = maps.isfinite().all(dim=(1, 2, 3)) & prediction.presence.isfinite()
             found = decode(prediction, most, threshold)
             features = describe(cells, found) if self.settings.features else [None] * len(found)
             numbers = zip(prediction.presence.sigmoid().tolist(), sound.tolist(), features, strict=True)

@@ -22,7 +22,7 @@ from motor_ray.distributed.scoring import found_on, images_of
 from motor_ray.errors import SliceCorruptError
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import contrasts_of, make_frames
-from motor_ray.slices.repair import Repair, find_repair, repaired
+from motor_ray.slices.repair import SOUND, Repair, find_repair, repaired
 
 
 class Prepared(NamedTuple):
@@ -136,7 +136,7 @@ class Answerer:
 
     def _find_repair(self, image: NDArray[Any]) -> Repair:
         if not self.settings.archive.repair:
-            return Repair(wrapped=False, inverted=False)
+            return SOUND
         return find_repair([image], self.settings.preprocess)
 
 

@@ -23,7 +23,7 @@ from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, Slic
 from motor_ray.slices.channels import channel_step, channels_of, with_neighbours
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import contrasts_of, make_frames
-from motor_ray.slices.repair import Repair, find_repair, repaired
+from motor_ray.slices.repair import SOUND, Repair, find_repair, repaired
 from motor_ray.storage import retries
 
 READ_THREADS = 8
@@ -102,7 +102,7 @@ class LoadSlab:
 
     def _find_repair(self, images: list[NDArray[Any]]) -> Repair:
         if not self.settings.archive.repair:
-            return Repair(wrapped=False, inverted=False)
+            return SOUND
         return find_repair(images, self.settings.preprocess)
 
     def _make_frames(

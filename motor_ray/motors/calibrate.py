@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 from motor_ray.config import USUAL_THRESHOLD
 from motor_ray.errors import MetricError
-from motor_ray.motors.calibration import Calibration, Method, Origin, quantile_threshold
+from motor_ray.motors.calibration import FEW, Calibration, Method, Origin, quantile_threshold
 from motor_ray.motors.metrics import Counts, count_tomograms, hits_and_alarms
 
 Floats = NDArray[np.float64]
@@ -27,9 +27,6 @@ RESAMPLINGS = 1000
 """Sets of tomograms drawn with replacement from those at hand, to see how far a threshold depends on them."""
 
 INTERVAL = (0.05, 0.95)
-
-FEW = 10
-"""With fewer tomograms than this a threshold is hardly more than a guess."""
 
 BINS = 10
 """Of scores from 0 to 1, in the expected calibration error and its picture."""

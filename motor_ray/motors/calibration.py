@@ -19,11 +19,17 @@ Floats = NDArray[np.float64]
 Method = Literal["fixed", "quantile", "fitted"]
 """How a threshold comes about: it is given; a share of a run's tomograms has no motor; it scored the best F2."""
 
+FEW = 10
+"""Tomograms of which scores say little about others."""
+
 log = logging.getLogger(__name__)
 
 
 BEARING_ON_SCORES = (
+    "archive.repair",
+    "archive.zarr_level",
     "detect.tta",
+    "detect.ensemble",  # of views, too
     "detect.score_threshold",  # a slice without a detection counts 0
     "detect.exhaustive",  # a motor that is faint on all its slices may be missed from afar
     "detect.z_stride",
@@ -62,7 +68,8 @@ class Calibration(Settings):
     """Tomogram score from which there is a motor; with `quantile` that of the tomograms it was learned from."""
 
     quantile: float | None = Field(ge=0, lt=1)
-    """Share of a run's tomograms that has no motor; with `quantile` the threshold follows from each run's scores."""
+    """Share of a run's tomograms that has no motor; with `quantile` the threshold follows from each run's scores,
+    unless these are so FEW that a share of them says nothing."""
 
     threshold_interval: tuple[float, float]
     """90 % of the thresholds that other draws of the tomograms gave."""
@@ -108,7 +115,8 @@ class Calibration(Settings):
 
     def threshold_of(self, scores: Floats) -> float:
         """The threshold for a run with these ``(n,)`` scores of its tomograms, NaN where no motor was found."""
-        return self.threshold if self.quantile is None else quantile_threshold(scores, self.quantile)
+        few = len(scores) < FEW
+        return self.threshold if self.quantile is None or few else quantile_threshold(scores, self.quantile)
 
 
 def calibration_at(uri: str, origin: Origin) -> Calibration | None:

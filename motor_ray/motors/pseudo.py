@@ -3,6 +3,7 @@
 Self-training (Lee 2013, "Pseudo-Label"; Xie et al. 2020, "Noisy Student", arXiv 1911.04252). Knows tables of motors.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -92,7 +93,8 @@ def sure_scores(
     negative = settings.negative_score
     if negative is None:
         best = motors.groupby("tomo_id")["score"].max().reindex(truth_motors["tomo_id"].unique(), fill_value=0.0)
-        negative = float(np.sort(best)[int((1 - settings.precision) * len(best))]) if len(best) else 0.0
+        lowest = math.floor(round((1 - settings.precision) * len(best), 6))  # 0.1 * 10 is less than 1 in binary
+        negative = float(np.sort(best)[lowest]) if len(best) else 0.0
     return Sure(positive, min(negative, positive))
 
 

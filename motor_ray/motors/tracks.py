@@ -3,6 +3,7 @@
 Knows arrays of one tomogram and what a motor looks like along z; `motor_ray.motors.link` has the tables.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -73,27 +74,43 @@ def link_candidates(
     looked_at = np.union1d(looked_at, detections[:, 0].astype(np.int64))
     order = np.lexsort((*detections[:, [4, 3, 2, 1]].T, -detections[:, 5], detections[:, 0]))
     detections = detections[order]  # by z, then best first: the input's own order is forgotten here
-    step = _step(looked_at)
-    needed = max(round(settings.evidence_angstrom / (spacing_angstrom * step)), 1)
-    needed = min(needed, max(len(looked_at), 1))
+    steps = _steps(looked_at)
+    step_at = dict(zip(looked_at.tolist(), steps.tolist(), strict=True))
     fewest = min(settings.min_slices, len(looked_at))
-    tracks = [detections[rows] for rows in _tracks(detections, step, spacing_angstrom, settings) if len(rows) >= fewest]
-    parts = [part for track in tracks for part in _parts(track, looked_at, spacing_angstrom, settings)]
-    candidates = [Candidate(_motor(part, needed), part) for part in parts if len(part) >= fewest]
+    tracks = [detections[rows] for rows in _tracks(detections, step_at, spacing_angstrom, settings)]
+    parts = [
+        part
+        for track in tracks
+        if len(track) >= fewest
+        for part in _parts(track, looked_at, spacing_angstrom, settings)
+        if len(part) >= fewest
+    ]
+    candidates = []
+    for part in parts:
+        step = min(step_at[int(z)] for z in part[:, 0])
+        needed = max(round(settings.evidence_angstrom / (spacing_angstrom * step)), 1)
+        candidates.append(Candidate(_motor(part, min(needed, len(looked_at))), part))
     return _distinct(candidates, settings.merge_distance_angstrom / spacing_angstrom)
 
 
-def _step(looked_at: Rows) -> int:
-    """Slices from one look to the next, where looks are densest; `looked_at` ascends."""
+def _steps(looked_at: Rows) -> Rows:
+    """Slices from each look to the next ones, the more of both sides; `looked_at` ascends.
+
+    Elsewhere in a tomogram looks may be closer: where a motor was, and a closer look was taken.
+    """
     gaps = np.diff(looked_at)
-    # The last slice is looked at whatever the stride leaves before it, so the last gap may be shorter than all others.
-    return int(min(gaps[:-1], default=gaps[-1])) if len(gaps) else 1
+    if not len(gaps):
+        return np.ones(len(looked_at), dtype=np.int64)
+    # The last slice is looked at whatever the stride leaves before it, so the gap before that says more.
+    return np.asarray(np.maximum(np.r_[gaps[0], gaps], np.r_[gaps, gaps[-2:][0]]))
 
 
-def _tracks(detections: Floats, step: int, spacing_angstrom: float, settings: LinkSettings) -> list[Rows]:
+def _tracks(
+    detections: Floats, step_at: Mapping[int, int], spacing_angstrom: float, settings: LinkSettings
+) -> list[Rows]:
     """Rows of each track, by z. A detection in the shadow of a better one on its slice is in none."""
     gate = settings.merge_distance_angstrom / 2 / spacing_angstrom
-    reach = settings.max_gap_angstrom / spacing_angstrom + step
+    gap = settings.max_gap_angstrom / spacing_angstrom
     places = detections[:, :3]
     track_of = np.full(len(places), -1)
     last = np.empty(0, dtype=np.int64)  # rows at which the open tracks end
@@ -101,6 +118,7 @@ def _tracks(detections: Floats, step: int, spacing_angstrom: float, settings: Li
     for rows in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places[:, 0])) + 1):
         shadowed = np.triu(cdist(places[rows, 1:], places[rows, 1:]) <= gate, k=1).any(axis=0)
         rows = rows[~shadowed]
+        reach = gap + step_at[int(places[rows[0], 0])] if len(rows) else gap
         last = last[places[rows[:1], 0] - places[last, 0] <= reach]
         here, there = _assign(places[rows], places[last], gate, reach)
         track_of[rows[here]] = track_of[last[there]]

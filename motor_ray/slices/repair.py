@@ -76,6 +76,9 @@ class Repair(NamedTuple):
         return "; ".join(done) or None
 
 
+SOUND = Repair(wrapped=False, inverted=False)
+
+
 def find_repair(images: Sequence[Image], preprocess: PreprocessSettings) -> Repair:
     """What is wrong with `images`, slices of one tomogram of one size, in any order; nothing if there are none."""
     wrapped = look_wrapped(images)

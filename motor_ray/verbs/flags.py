@@ -22,7 +22,7 @@ from motor_ray.config import (
     TargetSettings,
     TrainSettings,
 )
-from motor_ray.config_values import read_settings
+from motor_ray.config_values import read_settings, settings_from
 
 Result = tuple[dict[str, Any], int]
 """The JSON object of a verb, and its exit code."""
@@ -101,6 +101,10 @@ Unprefixed = tyro.conf.arg(name="")
 
 
 def all_settings(verb: Any) -> RunSettings:
-    """Every setting of a run of `verb`: its flags', and its --config file's for groups that it has no flags for."""
+    """Every setting of a run of `verb`: its flags', and its --config file's for groups that it has no flags for.
+
+    Raises ConfigError if they contradict one another.
+    """
     base = read_settings(verb.config) if verb.config else RunSettings()
-    return base.model_copy(update={name: getattr(verb.settings, name) for name in type(verb.settings).model_fields})
+    # Checked anew, for flags and file may be right by themselves and make no sense together.
+    return settings_from(base.model_dump() | verb.settings.model_dump(), "flags")

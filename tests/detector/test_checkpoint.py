@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -98,12 +99,16 @@ def test_a_newer_checkpoint_replaces_the_older(saved: Path, small_model: SmallMo
     assert describe_checkpoint(saved).metrics == {"map_50": 0.75}
 
 
-@pytest.mark.parametrize("step", ["_write", "os.rename"])
+@pytest.mark.parametrize(("step", "call"), [("_write", 1), ("os.rename", 1), ("os.rename", 2)])
 def test_a_failure_while_writing_leaves_the_checkpoint_that_was_there(
-    saved: Path, small_model: SmallModel, monkeypatch: pytest.MonkeyPatch, step: str
+    saved: Path, small_model: SmallModel, monkeypatch: pytest.MonkeyPatch, step: str, call: int
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("No space left on device")
+    calls, rename = itertools.count(1), os.rename
+
+    def fail(*places: Path) -> None:
+        if next(calls) == call:
+            raise OSError("No space left on device")
+        rename(*places)
 
     with monkeypatch.context() as patch:
         patch.setattr(f"motor_ray.detector.checkpoint.{step}", fail)

@@ -156,6 +156,19 @@ def test_augmentation_may_be_asked_for_look_by_look(saved: Callable[..., str]) -
     assert_same(looker(one, tta="fast")(pictures(), "off"), looker(one)(pictures()))
 
 
+@pytest.mark.parametrize("head", ["heatmap", "size", "offset"])
+def test_an_answer_that_is_no_number_is_known_as_such(
+    small_model: Callable[..., Detector], tmp_path: Path, head: str
+) -> None:
+    model, settings = small_model(), RunSettings(model=ModelSettings(backbone="resnet18", pretrained="none"))
+    torch.nn.init.constant_(getattr(model.heads, head).weight, torch.nan)
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"neck_channels": 16, "head_channels": 8})}
+    )
+    save_checkpoint(tmp_path / "broken", model, settings, {})
+    assert [look.is_sound for look in looker(str(tmp_path / "broken"))(pictures())] == [False] * 3
+
+
 def test_all_of_an_ensemble_must_answer_with_numbers(saved: Callable[..., str], tmp_path: Path) -> None:
     settings = RunSettings(
         model=ModelSettings(backbone="resnet18", pretrained="none", neck_channels=8, head_channels=8)

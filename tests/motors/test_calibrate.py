@@ -89,8 +89,13 @@ def test_tomograms_where_nothing_was_found_are_the_first_that_a_quantile_leaves_
     assert quantile_threshold(np.empty(0), 0.5) == 0.0
 
 
+def test_of_a_few_tomograms_a_quantile_says_nothing_and_the_learned_threshold_counts() -> None:
+    calibration = learned(drawn(50), "quantile", quantile=0.5)
+    assert calibration.threshold_of(np.array([0.02])) == calibration.threshold > 0.02
+
+
 def test_the_threshold_of_a_quantile_is_that_of_the_run_at_hand_and_others_stay() -> None:
-    run = np.array([0.1, 0.2, 0.3, 0.4])
+    run = np.repeat([0.1, 0.2, 0.3, 0.4], 3)
     assert learned(drawn(50), "quantile", quantile=0.5).threshold_of(run) == 0.3
     fixed = learned(drawn(50), "fixed", threshold=0.7)
     assert fixed.threshold_of(run) == fixed.threshold == 0.7
@@ -194,6 +199,8 @@ def test_scores_depend_on_how_a_model_looks_and_links_and_not_on_how_the_run_is_
     for group, changes, differs in (
         ("detect", {"tta": "fast"}, True),
         ("detect", {"exhaustive": True}, True),
+        ("detect", {"ensemble": "logit"}, True),
+        ("archive", {"repair": False}, True),
         ("detect", {"score_threshold": 0.02}, True),
         ("link", {"max_gap_angstrom": 50.0}, True),
         ("detect", {"loaders": 3}, False),

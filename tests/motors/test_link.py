@@ -173,6 +173,20 @@ def test_every_third_slice_is_enough() -> None:
     assert motor.score == pytest.approx(whole.score, abs=0.03)
 
 
+def test_a_closer_look_elsewhere_changes_nothing_about_a_motor_seen_from_afar() -> None:
+    """The first look's detections below `candidate_score` have no second look around them."""
+    zs = np.array(looks(300, 9))
+    faint = track(107.5, 400, 500, best=0.3, sigma=20, reach=9)
+    faint = faint[np.isin(faint[:, 0], zs)]
+    elsewhere = np.arange(20, 60)
+    sure = track(40, 100, 100, reach=9)
+    (alone,) = link(faint, looked_at=zs)
+    found = link(faint, sure, looked_at=np.union1d(zs, elsewhere))
+    assert found[1:] == [alone]
+    (close,) = link(sure, looked_at=np.arange(300))
+    assert found[0] == close
+
+
 @pytest.mark.parametrize("spacing", [13.1, 16.0, 19.7, 22.0])
 @pytest.mark.parametrize("size_z", [38, 39, 40, 41])
 def test_a_last_look_that_is_nearer_than_the_others_changes_no_score(size_z: int, spacing: float) -> None:

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motor_ray.config import PreprocessSettings
-from motor_ray.slices.repair import Repair, find_repair, look_wrapped, repaired
+from motor_ray.slices.repair import SOUND, Repair, find_repair, look_wrapped, repaired
 
 RECIPE = PreprocessSettings()
 SHAPE = (560, 520)
-NOTHING = Repair(wrapped=False, inverted=False)
 
 
 def cells(seed: int = 0, count: int = 3, noise: float = 25.0) -> list[np.ndarray]:
@@ -109,7 +108,7 @@ KINDS: dict[str, Turn] = {
 @pytest.mark.parametrize("turn", KINDS.values(), ids=KINDS.keys())
 def test_inverted_contrast_is_found_and_undone_in_every_type(turn: Turn) -> None:
     good = [turn(image) for image in cells()]
-    assert find_repair(good, RECIPE) == NOTHING
+    assert find_repair(good, RECIPE) == SOUND
     negative = [turn(255 - image) for image in cells()]
     repair = find_repair(negative, RECIPE)
     assert repair == Repair(wrapped=False, inverted=True)
@@ -128,7 +127,7 @@ def test_no_curve_of_grey_levels_makes_good_contrast_look_inverted(
 ) -> None:
     scaled = [((image - 40) / 160).clip(0, 1) ** gamma * (high - low) + low for image in cells(seed, count=1)]
     images = [as_jpeg(cv2.GaussianBlur(image, (0, 0), blur), quality) for image in as_bytes(scaled)]
-    assert find_repair(images, RECIPE) == NOTHING
+    assert find_repair(images, RECIPE) == SOUND
 
 
 @settings(max_examples=25, deadline=None)
@@ -140,19 +139,19 @@ def test_noise_is_left_alone(seed: int, count: int, blur: float, power: float, t
     rng = np.random.default_rng(seed)
     fields = [cv2.GaussianBlur(rng.normal(size=SHAPE), (0, 0), blur) for _ in range(1 if together else count)]
     images = [np.exp(power * field / field.std()).astype(np.float32) for field in fields]
-    assert find_repair(images * count if together else images, RECIPE) == NOTHING
+    assert find_repair(images * count if together else images, RECIPE) == SOUND
 
 
 def test_in_a_smoothed_picture_nothing_is_claimed_of_its_contrast() -> None:
     images = [cv2.GaussianBlur(image, (0, 0), 2) for image in as_bytes([255 - image for image in cells()])]
-    assert find_repair(images, RECIPE) == NOTHING
+    assert find_repair(images, RECIPE) == SOUND
 
 
 def test_what_shows_nothing_is_left_alone() -> None:
     flat = [np.full(SHAPE, 7, dtype) for dtype in (np.uint8, np.int16, np.float32)]
     for images in ([], *([image] for image in flat), [np.zeros((0, 5), np.uint8)], as_bytes([255 - cells()[0][:300]])):
-        assert find_repair(images, RECIPE) == NOTHING
-    assert repaired(flat[0], NOTHING) is flat[0]
+        assert find_repair(images, RECIPE) == SOUND
+    assert repaired(flat[0], SOUND) is flat[0]
 
 
 def test_voxels_that_are_not_finite_neither_decide_nor_disturb() -> None:
@@ -165,7 +164,7 @@ def test_voxels_that_are_not_finite_neither_decide_nor_disturb() -> None:
     np.testing.assert_array_equal(np.isnan(repaired(images[0], repair)), np.isnan(images[0]))
     wild = (np.random.default_rng(0).uniform(-1, 1, SHAPE) * 3e38).astype(np.float32)
     for useless in (np.full(SHAPE, np.nan), wild):
-        assert find_repair([useless], RECIPE) == NOTHING
+        assert find_repair([useless], RECIPE) == SOUND
 
 
 def test_the_order_of_slices_does_not_matter_and_none_is_changed() -> None:
@@ -183,7 +182,7 @@ def test_the_order_of_slices_does_not_matter_and_none_is_changed() -> None:
 @pytest.mark.parametrize(
     ("repair", "note"),
     [
-        (NOTHING, None),
+        (SOUND, None),
         (Repair(wrapped=True, inverted=False), "bytes were wrapped at 128"),
         (Repair(wrapped=False, inverted=True), "contrast was inverted"),
         (Repair(wrapped=True, inverted=True), "bytes were wrapped at 128; contrast was inverted"),
