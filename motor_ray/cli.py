@@ -21,7 +21,7 @@ import tyro
 from motor_ray import __version__
 from motor_ray.config import RunSettings, Settings
 from motor_ray.config_values import read_tree
-from motor_ray.errors import ConfigError, MotorRayError, UnfinishedError
+from motor_ray.errors import LOST_CODE, ConfigError, MotorRayError, OutageError, UnfinishedError
 from motor_ray.verbs.archives import Figure, Manifest, Simulate
 from motor_ray.verbs.detection import Detect, Evaluate, Export, LabelCare
 from motor_ray.verbs.flags import Verb
@@ -70,13 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result, code = asked.run()
     except MotorRayError as error:
         print(f"motor-ray: {error}", file=sys.stderr)
-        return 1 if isinstance(error, UnfinishedError) else 2
+        return 1 if isinstance(error, UnfinishedError | OutageError) else 2
     except KeyboardInterrupt:
         print("motor-ray: stopped", file=sys.stderr)
         return 130
-    with reader_may_leave(int(code)):
+    code = int(code and os.environ.get(LOST_CODE, code))
+    with reader_may_leave(code):
         print(json.dumps(result, indent=2))
-    return int(code)
+    return code
 
 
 @contextlib.contextmanager
@@ -140,7 +141,10 @@ def defaults(verb: type[Verb], arguments: Sequence[str]) -> Any:
     values = {one.name: one.default if one.default is not MISSING else tyro.MISSING for one in fields(verb)}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    path = parser.parse_known_args(arguments)[0].config
+    try:
+        path = parser.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}; give the YAML file of settings") from None
     if path and "settings" in values:
         flags = type(values["settings"])
         values["settings"] = part_of(read_tree(path, getattr(verb, "tree", RunSettings)), flags)

@@ -3,9 +3,14 @@
 A message says where, what was got, what was expected and what to do about it.
 """
 
+LOST_CODE = "MOTOR_RAY_LOST_CODE"
+"""Environment variable with the exit code, in place of 1, of a verb that ended although something could not be read."""
+
 
 class MotorRayError(Exception):
-    """The root: the command line turns any of these into one sentence and, but for one, exit code 2."""
+    """The root: the command line turns any of these into one sentence and exit code 2; or 1, if the same command may
+    succeed another time (UnfinishedError, OutageError).
+    """
 
 
 class ConfigError(MotorRayError, ValueError):

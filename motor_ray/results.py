@@ -112,6 +112,11 @@ def finished_run(detections: str) -> Row:
         raise RunError(f"{detections}: holds no run.json; give the --out of a motor-ray detect") from None
     if not isinstance(run, dict) or run.get("status") != "done":
         raise RunError(f"{detections}: that run has not finished; run the same motor-ray detect again")
+    if "best" in run:
+        raise RunError(
+            f"{detections}: is a training, expected a detection; give the --out of a motor-ray detect, or what a "
+            f"training saw in its validation tomograms, {join(detections, 'validation', 'best')}"
+        )
     return run
 
 

@@ -42,6 +42,8 @@ def filesystem(uri: str, settings: ArchiveSettings = DEFAULTS) -> tuple[fsspec.A
     All that its methods raise is an OSError; hand it to `failure`.
     """
     scheme = _scheme(uri)
+    if scheme in ("http", "https"):
+        raise StorageError(f"{uri}: {scheme}:// is not read; give a local path or an s3:// URI")
     try:
         files = _s3_files(_key(settings)) if scheme in ("s3", "s3a") else fsspec.filesystem(scheme)
     except (ValueError, ImportError) as error:

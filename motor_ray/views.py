@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from motor_ray.archive.labels import Labels
 from motor_ray.archive.readers import open_tomogram
 from motor_ray.config import ArchiveSettings, AugmentSettings, RunSettings
-from motor_ray.errors import SliceCorruptError, SliceMissingError
+from motor_ray.errors import MotorRayError, OutageError
 from motor_ray.motors.figures import CheckRow, MotorsPanel, close_up
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
@@ -74,7 +74,9 @@ def close_ups(
         own = found.loc[found["tomo_id"] == row["tomo_id"], ["z", "y", "x", "score"]].to_numpy(np.float64)
         try:
             panel = panel_at(_slice_at(motor["z"], row), row, labels, own, settings)
-        except (SliceMissingError, SliceCorruptError):
+        except OutageError:
+            raise
+        except MotorRayError:  # of slices that cannot be read there is no picture; the run lists them
             continue
         if "distance_angstrom" in motor:
             panel = panel._replace(title=f"{panel.title}\n{motor['distance_angstrom'] / 10:.0f} nm off")

@@ -112,6 +112,13 @@ def test_help_lists_all_verbs(arguments, capsys):
         ),
         (["export", "--detections", "nowhere", "--to", "csv", "--out", "a.csv"], "nowhere: holds no run.json"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml: cannot be read"),
+        ([*TRAIN, "--config"], "--config: expected one argument; give the YAML file of settings"),
+        (["serve", "--model", "a", "--port", "0"], "serve.port: Input should be greater than or equal to 1, got 0"),
+        (["evaluate", "--detections", "a", "--labels", "http://host/a.csv"], "http:// is not read; give a local path"),
+        (
+            ["simulate", "--out", "s", "--tomograms", "1", "--shape", "8", "24", "24"],
+            "holds no cell; give at least 900",
+        ),
         ([*CALIBRATE, "--quantile", "0.4"], "--quantile is of --method quantile; leave it out with fitted"),
         ([*CALIBRATE, "--evaluate.threshold", "0.4"], "--evaluate.threshold is of --method fixed"),
         ([*CALIBRATE, "--method", "quantile", "--quantile", "1"], "--quantile 1: expected a share from 0 to below 1"),
@@ -249,7 +256,7 @@ def test_a_bucket_that_does_not_answer_is_one_sentence(archive, tmp_path, monkey
         ["manifest", "--archive", str(archive), "--out", "s3://lab/m.parquet"],
         ["evaluate", "--detections", "s3://lab/found", "--labels", str(archive / "train_labels.csv")],
     ):
-        assert main(arguments) == 2
+        assert main(arguments) == 1  # the same command may succeed another time
         assert capsys.readouterr().err.startswith("motor-ray: s3://lab/")
 
 

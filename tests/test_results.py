@@ -1,5 +1,6 @@
 """Pictures of finished runs; the scores and exports of runs are tested where they are made."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from motor_ray.archive.labels import MOTOR_COLUMNS, TOMOGRAM_COLUMNS, Labels
 from motor_ray.archive.manifest import make_manifest
 from motor_ray.archive.plan import slab_of
 from motor_ray.archive.simulate import simulate_archive
-from motor_ray.archive.volumes import write_volume
+from motor_ray.archive.volumes import Format, write_volume
 from motor_ray.config import AugmentSettings, CareSettings, EvaluateSettings, RunSettings
 from motor_ray.config_values import settings_from
 from motor_ray.distributed.loading import LoadSlab
@@ -92,6 +93,28 @@ def test_motors_on_slices_that_cannot_be_read_are_counted_and_not_drawn(
     assert height_of(torn) < height_of(whole)  # nothing to show of the one that was found
 
 
+def test_a_training_is_not_taken_for_a_detection(manifest: pa.Table, labels: Labels, tmp_path: Path) -> None:
+    write_json(str(tmp_path / "first" / "run.json"), {"status": "done", "best": {"epoch": 3}, "settings": {}})
+    with pytest.raises(RunError, match=r"first: is a training, expected a detection; .*first/validation/best"):
+        draw_validation(manifest, labels, str(tmp_path / "first"), str(tmp_path / "page.png"), EVALUATE)
+
+
+@pytest.mark.parametrize("format", ["mrc", "zarr"])
+def test_motors_in_a_tomogram_that_is_gone_are_counted_and_not_drawn(
+    labels: Labels, tmp_path: Path, format: Format
+) -> None:
+    for name in TRUTH:
+        volume = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
+        (tmp_path / "volumes").mkdir(exist_ok=True)
+        write_volume(tmp_path / "volumes", name, volume, SPACING, format)
+    there = make_manifest(str(tmp_path / "volumes"), SETTINGS.archive)
+    run = finished_run(tmp_path / "run", there)
+    gone = tmp_path / "volumes" / f"a.{format}"
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    counts = draw_validation(there, labels, run, str(tmp_path / "page.png"), EVALUATE)
+    assert counts == {"found": 1, "missed": 2, "false": 2}
+
+
 def test_an_unfinished_run_has_no_page(manifest: pa.Table, labels: Labels, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no run\.json"):
         draw_validation(manifest, labels, str(tmp_path / "none"), str(tmp_path / "page.png"), EVALUATE)
@@ -108,16 +131,17 @@ def test_the_check_of_the_data_draws_targets_that_fade_or_do_not(
 
 def test_the_check_of_the_data_shows_what_the_network_sees_of_a_damaged_tomogram(tmp_path: Path) -> None:
     """Bytes that were wrapped are mended before frames are made of them, here as in training."""
-    simulated = simulate_archive(str(tmp_path), 1, 1, SHAPE, voxel_spacing_angstrom=SPACING, processes=1)
+    shape = (8, 256, 256)  # fewer pixels show too little of what is wrong
+    simulated = simulate_archive(str(tmp_path), 1, 1, shape, voxel_spacing_angstrom=20.0, processes=1)
     [tomogram] = make_manifest(str(tmp_path / "train"), SETTINGS.archive).to_pylist()
-    slices = [read_slice(tomogram, z, SETTINGS.archive) for z in range(SHAPE[0])]
+    slices = [read_slice(tomogram, z, SETTINGS.archive) for z in range(shape[0])]
     (tmp_path / "torn").mkdir()
-    write_volume(tmp_path / "torn", tomogram["tomo_id"], np.stack(slices) ^ np.uint8(128), SPACING, "mrc")
+    write_volume(tmp_path / "torn", tomogram["tomo_id"], np.stack(slices) ^ np.uint8(128), 20.0, "mrc")
     [torn] = make_manifest(str(tmp_path / "torn"), SETTINGS.archive).to_pylist()
     still = dict.fromkeys(("rotation_degrees", "scaling", "translation_pixels", "poisson_probability"), 0.0)
     drawn = check_row("torn", torn, simulated, SETTINGS, AugmentSettings(blur_sigma_max=0, **still)).augmented
     motors = simulated.motors_of(tomogram["tomo_id"])
-    z = round(motors[0, 0]) if len(motors) else SHAPE[0] // 2
+    z = round(motors[0, 0]) if len(motors) else shape[0] // 2
     loaded = LoadSlab(SETTINGS).load(slab_of(torn, [z]))
     assert "wrapped" in loaded["loaded"][0]["note"]
     np.testing.assert_array_equal(drawn, loaded["frames"][0, 0])

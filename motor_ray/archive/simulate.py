@@ -40,6 +40,9 @@ SPACINGS_ANGSTROM = {
 SMALLEST_EXTENT_ANGSTROM = (800.0, 4000.0, 4000.0)
 """A volume along z, y, x that shows enough of a cell; spacings that make a shape smaller than this are not drawn."""
 
+SMALLEST_WIDTH_ANGSTROM = 900.0
+"""A narrower volume along y and x holds no cell: with 0.4 of it for a radius, nothing is left within the envelope."""
+
 PAD_ANGSTROM = 200.0
 """The specimen goes on this far beyond the tomogram, for the reconstruction is periodic at its faces."""
 
@@ -168,6 +171,12 @@ def _check(shape: Shape, voxel_spacing_angstrom: float | None, n_motors: int | N
         raise TomogramError(f"a tomogram of {shape} voxels cannot be simulated; give z, y, x of 8 or more each")
     if voxel_spacing_angstrom is not None and not 0 < voxel_spacing_angstrom < np.inf:
         raise TomogramError(f"a spacing of {voxel_spacing_angstrom:g} angstrom cannot be simulated; give one above 0")
+    width = (min(shape[1:]) - 1) * (voxel_spacing_angstrom or max(SPACINGS_ANGSTROM))
+    if width < SMALLEST_WIDTH_ANGSTROM:
+        raise TomogramError(
+            f"a tomogram of {shape} voxels is {width:.0f} angstrom wide, which holds no cell; give at least "
+            f"{SMALLEST_WIDTH_ANGSTROM:g}: more voxels, or larger ones"
+        )
     if n_motors is not None and n_motors < 0:
         raise TomogramError(f"{n_motors} motors cannot be simulated; ask for 0 or more")
 
@@ -200,7 +209,7 @@ def _fresh_folder(out: str) -> Path:
     if "file" not in files.protocol:
         raise StorageError(f"{out}: simulated archives are written to local folders only; copy it there afterwards")
     train, labels = Path(path) / "train", Path(path) / "train_labels.csv"
-    if labels.exists() or (train.exists() and any(train.iterdir())):
+    if labels.exists() or (train.is_dir() and any(train.iterdir())):
         raise StorageError(
             f"{out}: already holds an archive; give another folder, or delete {train} and {labels} first"
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import ray.data  # sets up the logger that is quietened below
+from ray.exceptions import RayError
 
 from motor_ray.errors import RunError
 from motor_ray.machine import cores
@@ -40,7 +41,7 @@ def connected(slots: int = LOCAL_SLOTS) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address="auto", logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             where = os.environ["RAY_ADDRESS"]
             raise RunError(f"RAY_ADDRESS {where}: no Ray cluster answers ({' '.join(str(error).split())})") from None
     else:

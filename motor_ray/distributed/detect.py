@@ -7,12 +7,11 @@
 The same command goes on with a run that broke off, and leaves a finished one alone.
 """
 
-import contextlib
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -28,7 +27,15 @@ from motor_ray.detector.description import Ensemble, Models, describe_models
 from motor_ray.distributed.cluster import connected, nodes
 from motor_ray.distributed.estimate import estimate
 from motor_ray.distributed.learned import Learned, learned_of
-from motor_ray.distributed.ledger import alone, complete_pieces, done_slabs, gather, plan_pieces, settle
+from motor_ray.distributed.ledger import (
+    alone,
+    complete_pieces,
+    done_slabs,
+    gather,
+    plan_pieces,
+    settle,
+    storage_watched,
+)
 from motor_ray.distributed.loading import LoadSlab, loader_arguments
 from motor_ray.distributed.pipeline import Places, Stage, run_pipeline
 from motor_ray.distributed.preflight import Pools, local_slots, plan_pools, room
@@ -99,15 +106,6 @@ def begun_without_features(out: str) -> bool:
     where = join(out, "run.json")
     there = read_json(where) if exists(where) else {}
     return isinstance(there, dict) and there.get("settings", {}).get("detect", {}).get("features") is False
-
-
-@contextlib.contextmanager
-def storage_watched(out: str) -> Iterator[None]:
-    """Storage that fails while the block runs leaves the run unfinished: UnfinishedError."""
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UnfinishedError(f"{out}: detection stopped: {error}; run the same command again") from error
 
 
 def dry_run(manifest: pa.Table, unusable: pa.Table, model: Models, settings: RunSettings) -> dict[str, Any]:

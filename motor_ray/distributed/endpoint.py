@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from motor_ray.config_values import flat
 from motor_ray.distributed.cluster import LOCAL_SLOTS, QUIET, alive, holds, possible_nodes, root_cause
@@ -84,7 +85,13 @@ def stop_serving(settings: ServeSettings) -> dict[str, Any]:
     """Stop the endpoint of the cluster of RAY_ADDRESS, or the one here. Raises RunError if there is none."""
     if os.environ.get("RAY_ADDRESS"):
         with joined("auto"):
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            applications = serve.status().applications
+            if APP not in applications:
+                raise RunError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: no endpoint of ours is on this cluster")
+            if len(applications) > 1:  # others' are none of our business
+                serve.delete(APP)
+            else:
+                serve.shutdown()  # type: ignore[no-untyped-call]
         return {"stopped": os.environ["RAY_ADDRESS"]}
     running = running_here(settings)
     if not running:
@@ -135,7 +142,8 @@ def serve_until_stopped(settings: ServiceSettings, detector_class: type[Detector
     limits = settings.serve
     require_port(limits)
     stop = threading.Event()
-    with local_ray(settings), noted(settings):
+    with own_note(limits) as note, local_ray(settings):
+        write_note(note, settings)
         try:
             deploy(settings, detector_class)
             with stopping(stop):  # only now: Ray, when it starts, takes SIGTERM for itself
@@ -223,7 +231,7 @@ def joined(address: str) -> Iterator[None]:
     """Connected to a Ray that is there. Raises RunError if it does not answer."""
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"{address}: no Ray answers ({' '.join(str(error).split())})") from None
     try:
         yield
@@ -244,20 +252,29 @@ def stopping(stop: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted(settings: ServiceSettings) -> Iterator[None]:
-    """A note of where our Ray is, for a later command that brings other models; only this user can read it."""
-    note = note_of(settings.serve)
-    address, values = ray.get_runtime_context().gcs_address, settings.model_dump(mode="json")
-    text = json.dumps({"pid": os.getpid(), "address": address, "settings": values})
+def own_note(limits: ServeSettings) -> Iterator[TextIO]:
+    """The file for `write_note`, ours as long as the block runs, so that one that was left behind is known as such.
+
+    Only this user can read it. Raises RunError if an endpoint on this port is just starting.
+    """
+    note = note_of(limits)
     with open(os.open(note, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # held as long as we live: so a note that was left behind is known
-        file.truncate()
-        file.write(text)
-        file.flush()
         try:
-            yield
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{url(limits)}: an endpoint is just starting here; try again when it is ready") from None
+        file.truncate()
+        try:
+            yield file
         finally:
             note.unlink(missing_ok=True)
+
+
+def write_note(note: TextIO, settings: ServiceSettings) -> None:
+    """Say where our Ray is, for a later command that brings other models."""
+    address = ray.get_runtime_context().gcs_address
+    json.dump({"pid": os.getpid(), "address": address, "settings": settings.model_dump(mode="json")}, note)
+    note.flush()
 
 
 def running_here(limits: ServeSettings) -> dict[str, Any] | None:

@@ -54,6 +54,15 @@ def alone(out: str) -> Iterator[tuple[int, ...]]:
         yield (lock.fileno(),)
 
 
+@contextlib.contextmanager
+def storage_watched(out: str) -> Iterator[None]:
+    """Storage that fails while the block runs leaves the run in the folder `out` unfinished: UnfinishedError."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UnfinishedError(f"{out}: stopped: {error}; run the same command again to go on") from error
+
+
 def settle(slabs: str, notes: str) -> None:
     """Make notes and slabs of a run that broke off agree, so that it can go on.
 

@@ -29,6 +29,7 @@ from motor_ray.detector.reconstruction import (
     save_reconstructor,
 )
 from motor_ray.distributed.frame_store import count_frames
+from motor_ray.distributed.ledger import storage_watched
 from motor_ray.distributed.loading import LoadSlab
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.pretrain_loop import Picture, pretrain_worker, puzzle_of, rank_of, with_neighbours_seen
@@ -92,19 +93,20 @@ def pretrain(
     with team_for(run_uri, manifest, settings, workers) as team:
         if start is not None:
             begin(run_uri, run, plans, start)
-        fit(run, settings, storage, name, team, work=pretrain_worker, title="pre-training")
-        draw_reconstructions(run_uri, plans["validation"], settings)
-        clear_frames(run["frames"], settings)
-    lines = read_metrics(run_uri)
-    result = run | {
-        "status": "done",
-        "seconds": round(time.monotonic() - started, 1),
-        "epochs": lines[-1]["epoch"] + 1,
-        "best": max(lines, key=rank_of),
-        "unread": len(read_table(join(run_uri, "failures.parquet"))),
-        "backbone": join(run_uri, "best", BACKBONE),
-    }
-    write_json(join(run_uri, "run.json"), result)
+        with storage_watched(run_uri):
+            fit(run, settings, storage, name, team, work=pretrain_worker, title="pre-training")
+            draw_reconstructions(run_uri, plans["validation"], settings)
+            clear_frames(run["frames"], settings)
+            lines = read_metrics(run_uri)
+            result = run | {
+                "status": "done",
+                "seconds": round(time.monotonic() - started, 1),
+                "epochs": lines[-1]["epoch"] + 1,
+                "best": max(lines, key=rank_of),
+                "unread": len(read_table(join(run_uri, "failures.parquet"))),
+                "backbone": join(run_uri, "best", BACKBONE),
+            }
+            write_json(join(run_uri, "run.json"), result)
     return result
 
 

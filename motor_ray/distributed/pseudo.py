@@ -22,7 +22,7 @@ from motor_ray.config import RunSettings
 from motor_ray.config_values import settings_differences
 from motor_ray.detector.description import describe_checkpoint
 from motor_ray.distributed.cluster import connected
-from motor_ray.distributed.ledger import alone
+from motor_ray.distributed.ledger import alone, storage_watched
 from motor_ray.distributed.pseudo_report import report
 from motor_ray.distributed.pseudo_steps import Data, first_model, one_round, starting_from
 from motor_ray.distributed.samples import with_labelled_spacing
@@ -72,7 +72,7 @@ def pseudo_label(
     rounds = max(rounds, begin(data, model))
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
         data = data._replace(workers=team_of_this_machine(workers, data.settings))
-    with connected(slots_for(data.workers[0], data.settings)), alone(data.uri):
+    with connected(slots_for(data.workers[0], data.settings)), alone(data.uri), storage_watched(data.uri):
         best = first_model(data, model)
         done: list[dict[str, Any]] = []
         choice: Choice | None = None

@@ -13,15 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import requests
 import yaml
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import motor_ray
 from motor_ray.distributed.job_file import SETTINGS, Job, entrypoint, submission_id
-from motor_ray.errors import ConfigError, RunError, UnfinishedError
+from motor_ray.errors import LOST_CODE, ConfigError, MotorRayError, RunError, UnfinishedError
 
 USAGE_ERROR = 2
 """Exit code of a command that cannot be right another time."""
+
+DONE_WITH_LOSSES = 3
+"""Exit code that jobs are asked for if they end, but something could not be read: not 1, with which Python dies."""
+
+LOSSES = "SUCCEEDED, but something could not be read; see its log"
 
 POLL_SECONDS = 1.0
 
@@ -50,6 +57,12 @@ def submit(job: Job, address: str, *, wait: bool) -> dict[str, Any]:
     it died too often.
     """
     client = connect(address)
+    with answering(address):
+        return see_through(client, job, wait=wait)
+
+
+def see_through(client: JobSubmissionClient, job: Job, *, wait: bool) -> dict[str, Any]:
+    """The same, on a cluster that answered."""
     name = submission_id(job)
     ours = 0
     while True:
@@ -72,25 +85,42 @@ def submit(job: Job, address: str, *, wait: bool) -> dict[str, Any]:
 def stop(job: Job, address: str) -> dict[str, Any]:
     """Stop a job; what it has done stays. Raises RunError if it is not there."""
     client = connect(address)
-    attempts = attempts_of(client, submission_id(job))
-    if not attempts:
-        raise RunError(f"{address}: has no job {submission_id(job)}")
-    client.stop_job(str(attempts[-1].submission_id))
+    with answering(address):
+        attempts = attempts_of(client, submission_id(job))
+        if not attempts:
+            raise RunError(f"{address}: has no job {submission_id(job)}")
+        client.stop_job(str(attempts[-1].submission_id))
     return {"job": attempts[-1].submission_id, "status": "STOPPED"}
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster's jobs. Raises RunError if it does not answer."""
-    try:
+    """A client of the cluster's jobs. Raises ConfigError for what is no address, RunError if it does not answer."""
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address {address}: give the address of the cluster's dashboard, such as http://head:8265")
+    with answering(address):
         client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    for talkative in TALKATIVE:
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    return client
+
+
+@contextlib.contextmanager
+def answering(address: str) -> Iterator[None]:
+    """RunError if the cluster does not answer while the block runs, or does not let us in."""
+    try:
+        yield
+    except AuthenticationError:
+        raise RunError(
+            f"{address}: the cluster asks for a token that we do not have, or takes ours for wrong; set RAY_AUTH_MODE="
+            "token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except (RayError, requests.RequestException, ConnectionError, RuntimeError, ValueError) as error:
+        if isinstance(error, MotorRayError):
+            raise
         raise RunError(
             f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); give the address of its dashboard, "
             "such as http://head:8265"
         ) from None
-    for talkative in TALKATIVE:
-        logging.getLogger(talkative).setLevel(logging.WARNING)
-    return client
 
 
 def attempts_of(client: JobSubmissionClient, name: str) -> list[JobDetails]:
@@ -112,9 +142,8 @@ def is_worth_another(last: JobDetails, ours: int, job: Job) -> bool:
     """
     if last.status not in (JobStatus.FAILED, JobStatus.STOPPED):
         return False
-    return ours == 0 or (
-        last.status == JobStatus.FAILED and last.driver_exit_code != USAGE_ERROR and ours < job.attempts
-    )
+    ended = last.driver_exit_code in (USAGE_ERROR, DONE_WITH_LOSSES)
+    return ours == 0 or (last.status == JobStatus.FAILED and not ended and ours < job.attempts)
 
 
 def start(client: JobSubmissionClient, job: Job, name: str) -> None:
@@ -152,11 +181,14 @@ def hand_in(client: JobSubmissionClient, **job: Any) -> None:
 
 
 def variables(job: Job) -> dict[str, str]:
-    """The environment that goes along. Raises ConfigError if a variable is not set here."""
+    """The environment that goes along, all of it from here but for LOST_CODE.
+
+    Raises ConfigError if a variable is not set here.
+    """
     missing = [name for name in job.environment if name not in os.environ]
     if missing:
         raise ConfigError(f"environment: {', '.join(missing)} not set here; set it, or leave it to the cluster's nodes")
-    return {name: os.environ[name] for name in job.environment}
+    return {name: os.environ[name] for name in job.environment} | {LOST_CODE: str(DONE_WITH_LOSSES)}
 
 
 def watch(client: JobSubmissionClient, name: str) -> None:
@@ -193,6 +225,8 @@ def outcome(last: JobDetails, attempts: int) -> dict[str, Any]:
     """What became of a job that has ended. Raises RunError if its input was wrong, UnfinishedError if it died."""
     if last.status == JobStatus.SUCCEEDED:
         return {"job": last.submission_id, "status": last.status.value, "attempts": attempts}
+    if last.driver_exit_code == DONE_WITH_LOSSES:
+        return {"job": last.submission_id, "status": LOSSES, "attempts": attempts}
     why = " ".join((last.message or "").split())
     if last.driver_exit_code == USAGE_ERROR:
         raise RunError(f"{last.submission_id}: its command or its input is wrong, as its log says above")

@@ -37,7 +37,7 @@ from motor_ray.detector.device import ddp_backend
 from motor_ray.detector.model import Detector, build_model
 from motor_ray.distributed.cluster import connected, gpus, root_cause
 from motor_ray.distributed.frame_store import count_frames
-from motor_ray.distributed.ledger import alone
+from motor_ray.distributed.ledger import alone, storage_watched
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import watched
 from motor_ray.distributed.samples import sample_plan, with_labelled_spacing
@@ -126,20 +126,21 @@ def train(
     with team_for(run_uri, manifest, settings, workers) as team:
         if start is not None:
             begin(run_uri, run, manifest, labels, plans, start, settings)
-        try:
-            fit(run, settings, storage, name, team, callbacks)
-        finally:
-            draw_curve(run_uri)
-        validation = final_look(run_uri, settings)
-        if frames is None:
-            clear_frames(run["frames"], settings)
-    result = run | {
-        "status": "done",
-        "seconds": round(time.monotonic() - started, 1),
-        **what_came_out(run_uri),
-        "validation": validation,
-    }
-    write_json(join(run_uri, "run.json"), result)
+        with storage_watched(run_uri):
+            try:
+                fit(run, settings, storage, name, team, callbacks)
+            finally:
+                draw_curve(run_uri)
+            validation = final_look(run_uri, settings)
+            if frames is None:
+                clear_frames(run["frames"], settings)
+            result = run | {
+                "status": "done",
+                "seconds": round(time.monotonic() - started, 1),
+                **what_came_out(run_uri),
+                "validation": validation,
+            }
+            write_json(join(run_uri, "run.json"), result)
     return result
 
 

@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from motor_ray.config import RunSettings
 from motor_ray.distributed.cluster import alive, connected, gpus, holds, root_cause
+from motor_ray.distributed.ledger import alone, storage_watched
 from motor_ray.distributed.node_disks import clear_frames
 from motor_ray.distributed.progress import Board
 from motor_ray.distributed.study import GOAL, Record, Study, Trial, changed
@@ -57,7 +58,8 @@ def run_trials(study: Study, trials: Sequence[Trial], *, halving: bool) -> list[
         return list(trials)
     with connected(slots_for(study.workers[1], study.settings)):
         require_team(study.workers, study.settings)
-        with progress_bar(study.kind, len(trials), "trials") as show:
+        show_trials = progress_bar(study.kind, len(trials), "trials")
+        with alone(study.uri), storage_watched(study.uri), show_trials as show:
             record = Record(study, trials, show)
             record.save()
             _run_on_tune(study, record, [*told, *todo], halving=halving)

@@ -89,6 +89,8 @@ def add_key(path: str, name: str) -> str:
         with open(file, "a", encoding="utf-8", opener=lambda at, flags: os.open(at, flags, 0o600)) as out:
             ends = "" if not there or there.endswith("\n") else "\n"
             out.write(f"{ends}{name} {hashlib.sha256(key.encode()).hexdigest()}\n")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text, expected names and hashes; give another file, or a new one") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     return key

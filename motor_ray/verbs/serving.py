@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from motor_ray.config import Settings
+from motor_ray.config_values import checked
 from motor_ray.errors import ConfigError
 from motor_ray.service.settings import DEFAULT_MODEL, SEPARATOR, ServiceSettings
 from motor_ray.verbs.flags import Result, Unprefixed
@@ -66,9 +67,8 @@ class Serve:
             raise ConfigError(f"--model {wrong[0]}: give several checkpoints one after the other, without commas")
         if self.model:
             given["models"] = self.settings.serve.models | {DEFAULT_MODEL: SEPARATOR.join(self.model)}
-        return ServiceSettings.model_validate(
-            self.settings.model_dump() | {"serve": self.settings.serve.model_dump() | given}
-        )
+        values = self.settings.model_dump() | {"serve": self.settings.serve.model_dump() | given}
+        return checked(ServiceSettings, values, "flags")
 
     def make_key(self, settings: ServiceSettings) -> dict[str, str]:
         """A new key, and whose it is."""

@@ -32,4 +32,5 @@ class Submit:
         job = read_job(self.job)
         if self.stop:
             return submit.stop(job, self.address), 0
-        return submit.submit(job, self.address, wait=self.wait), 0
+        said = submit.submit(job, self.address, wait=self.wait)
+        return said, said["status"] == submit.LOSSES

@@ -1,10 +1,12 @@
 """Jobs on a real Ray head with its dashboard: handed in, looked after, killed, and started again."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from motor_ray.distributed.serve_environment import free_port
+from motor_ray.distributed.submit import connect
+from motor_ray.errors import ConfigError, RunError
 from motor_ray.storage import read_table
 
 pytestmark = pytest.mark.ray
@@ -120,6 +124,39 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(dashboard, archive, checkpoint, 
     assert json.loads(said)["status"] == "STOPPED", complaint
     _, alive = psutil.wait_procs(drivers(out), timeout=30)
     assert not alive
+
+
+def test_a_job_that_ends_with_losses_is_done_and_not_tried_again(dashboard, damaged, checkpoint, tmp_path):
+    file = job_file(tmp_path, f"detect --archive {damaged} --model {checkpoint} --out {tmp_path}/found")
+    with submit(file, dashboard) as process:
+        said, complaint = process.communicate(timeout=240)
+    assert process.returncode == 1, complaint
+    result = json.loads(said)
+    assert (result["status"], result["attempts"]) == ("SUCCEEDED, but something could not be read; see its log", 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "complaint"), [(401, "asks for a token"), (403, "asks for a token"), (502, "no Ray cluster answers")]
+)
+def test_a_cluster_that_does_not_let_us_in_is_named(status, complaint):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(RunError, match=f"^{address}: .*{complaint}"):
+            connect(address)
+        server.shutdown()
+
+
+def test_what_is_no_dashboards_address_is_refused():
+    with pytest.raises(ConfigError, match=r"--address head:8265: give the address of .* such as http://head:8265"):
+        connect("head:8265")
 
 
 def test_a_cluster_that_does_not_answer_is_named(tmp_path):
