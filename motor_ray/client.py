@@ -17,7 +17,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
@@ -41,6 +41,9 @@ LONGEST_PAUSE_SECONDS = 10.0
 
 PATIENCE_SECONDS = 120.0
 """An endpoint that wants us to wait longer is not asked again."""
+
+HEAD_BYTES = 1024
+"""What a file takes in a form besides itself, with the longest name."""
 
 PIECE = 2**20
 """Bytes of an upload that are read and sent together."""
@@ -119,10 +122,9 @@ class Client:
         """
         asked = _wishes(threshold, voxel_spacing_angstrom, model, tta)
         images = list(images)
-        most = self.model(model)["limits"]["batch_images"] if images else 1
+        limits = self.model(model)["limits"] if images else {}
         found: list[Answer] = []
-        for start in range(0, len(images), most):
-            files = [_file(image, start + number) for number, image in enumerate(images[start : start + most])]
+        for files in _batches(images, limits):
             body, kind = _form(files)
             found += self._json(Request("POST", "/v1/slices:batch", asked, body, kind))["slices"]
         return found
@@ -301,6 +303,21 @@ def _file(image: Image, number: int) -> tuple[bytes, str]:
     if isinstance(image, bytes):
         return image, f"image {number}"
     return Path(image).read_bytes(), Path(image).name
+
+
+def _batches(images: Iterable[Image], limits: Mapping[str, int]) -> Iterator[list[tuple[bytes, str]]]:
+    """The files of `images`, as many together as the endpoint takes: of one that is too large alone it says so."""
+    batch: list[tuple[bytes, str]] = []
+    size = 0
+    for number, image in enumerate(images):
+        file = _file(image, number)
+        if batch and (len(batch) == limits["batch_images"] or size + len(file[0]) + HEAD_BYTES > limits["batch_bytes"]):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += len(file[0]) + HEAD_BYTES
+    if batch:
+        yield batch
 
 
 def _rewound(file: BinaryIO) -> int:

@@ -238,7 +238,7 @@ def test_what_is_no_json_does_not_come_from_an_endpoint(stub, client):
 
 def test_slices_go_together_as_many_as_the_endpoint_takes(stub, client, tmp_path):
     (tmp_path / 'a "b".png').write_bytes(b"\r\n--first\r\n")
-    limits = answer(200, {"limits": {"batch_images": 2}})
+    limits = answer(200, {"limits": {"batch_images": 2, "batch_bytes": 2**20}})
     stub.replies += [limits, answer(200, {"slices": [{"n": 0}, {"n": 1}]}), answer(200, {"slices": [{"n": 2}]})]
     images = [tmp_path / 'a "b".png', b"second", b"third"]
     assert client.slices(iter(images), threshold=0.5) == [{"n": 0}, {"n": 1}, {"n": 2}]
@@ -246,6 +246,15 @@ def test_slices_go_together_as_many_as_the_endpoint_takes(stub, client, tmp_path
     assert (first.path, first.query) == ("/v1/slices:batch", {"threshold": ["0.5"]})
     assert parts_of(first) == [("images", "a %22b%22.png", b"\r\n--first\r\n"), ("images", "image 1", b"second")]
     assert parts_of(second) == [("images", "image 2", b"third")]
+
+
+def test_slices_that_weigh_too_much_together_go_apart(stub, client):
+    limits = answer(200, {"limits": {"batch_images": 32, "batch_bytes": 10_000}})
+    stub.replies += [limits, *(answer(200, {"slices": [{"n": n}]}) for n in range(2)), answer(200, {"slices": []})]
+    client.slices([b"a" * 6000, b"b" * 3000, b"c" * 2000, b"d" * 20_000])
+    _, *asked = stub.seen
+    assert [[len(data) for *_, data in parts_of(one)] for one in asked] == [[6000], [3000, 2000], [20_000]]
+    assert all(one.size <= 10_000 for one in asked[:2])
 
 
 def parts_of(seen: Seen) -> list[tuple[Any, Any, Any]]:

@@ -149,6 +149,9 @@ class Limits(Reply):
     image_bytes: int
     image_pixels: int
     batch_images: int
+    batch_bytes: int
+    """Of the form with all of them."""
+
     tomogram_bytes: int
     uploads: bool
     """Whether tomograms can be handed in."""

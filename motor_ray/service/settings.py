@@ -17,6 +17,10 @@ KEYS_VARIABLE = "MOTOR_RAY_API_KEYS"
 """Environment variable that may hold what `keys_file` holds."""
 
 
+FORM_BYTES = 65536
+"""What the parts of a form take besides their images."""
+
+
 class ServeSettings(Settings):
     """The endpoint: who may ask what, and how much of it runs."""
 
@@ -118,6 +122,11 @@ class ServeSettings(Settings):
 
     ssl_keyfile: str | None = None
     """PEM file of its private key."""
+
+    @property
+    def request_bytes(self) -> int:
+        """The largest form with several images that is taken."""
+        return min(self.images_per_request * self.image_bytes + FORM_BYTES, self.bytes_in_flight)
 
     @model_validator(mode="after")
     def _limits_agree(self) -> "ServeSettings":

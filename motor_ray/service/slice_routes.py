@@ -19,10 +19,6 @@ from motor_ray.service.replies import Model, Slice, Slices
 from motor_ray.service.settings import DEFAULT_MODEL
 from motor_ray.service.together import all_or_none
 
-PARTS_BYTES = 65536
-"""What the parts of a form take besides their images."""
-
-
 Tta = Annotated[
     Augmentation | None,
     Query(description="Test-time augmentation, if not the endpoint's own: GET /v1/model lists what may be asked for."),
@@ -63,6 +59,7 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
                     "image_bytes": desk.limits.image_bytes,
                     "image_pixels": desk.limits.image_pixels,
                     "batch_images": desk.limits.images_per_request,
+                    "batch_bytes": desk.limits.request_bytes,
                     "tomogram_bytes": desk.limits.tomogram_bytes,
                     "uploads": desk.jobs is not None,
                 },
@@ -82,8 +79,7 @@ def slices_router(desk: Desk, keys: Keys) -> APIRouter:
         """Find motors on several images, each a file of the form's field ``images``."""
         started = time.perf_counter()
         card, limits = desk.card(ask.model), desk.limits
-        most = min(limits.images_per_request * limits.image_bytes + PARTS_BYTES, limits.bytes_in_flight)
-        size = body_bytes(request, most, "form")
+        size = body_bytes(request, limits.request_bytes, "form")
         with desk.room.for_bytes(size):
             images = await images_of(
                 request, size, limits.images_per_request, limits.image_bytes, limits.timeout_seconds

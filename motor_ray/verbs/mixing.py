@@ -31,8 +31,9 @@ class Soup:
         from motor_ray.archive.manifest import check_usable, find_tomograms
         from motor_ray.distributed.soup import make_soup
 
-        archive, manifest = all_settings(self).archive, None
+        archive, manifest, lost = all_settings(self).archive, None, []
         if self.archive:
             manifest, unusable = find_tomograms(self.archive, archive)
             check_usable(manifest, unusable)
-        return make_soup(self.models, self.out, manifest, archive), 0
+            lost = unusable["error"].to_pylist()
+        return make_soup(self.models, self.out, manifest, archive) | {"unusable": lost}, bool(lost)

@@ -112,7 +112,8 @@ class Plan:
             return plan_archive(read_manifest(self.manifest), self.model, self._asked(), settings), 0
         manifest, unusable = find_tomograms(str(self.archive), settings.archive)
         check_usable(manifest, unusable)
-        return plan_archive(manifest, self.model, self._asked(), settings), 0
+        said = plan_archive(manifest, self.model, self._asked(), settings)
+        return said | {"unusable": unusable["error"].to_pylist()}, len(unusable) > 0
 
     def _asked(self) -> "Asked":
         from motor_ray.planning import Asked

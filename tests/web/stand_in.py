@@ -38,6 +38,7 @@ MODEL = {
         "image_bytes": 10**7,
         "image_pixels": 10**7,
         "batch_images": 32,
+        "batch_bytes": 2**29,
         "tomogram_bytes": 10**8,
         "uploads": True,
     },
