@@ -15,9 +15,11 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobDetails, JobStatus
 
+from motor_ray.distributed.job_file import read_job
 from motor_ray.distributed.serve_environment import free_port
-from motor_ray.distributed.submit import connect
+from motor_ray.distributed.submit import DONE_WITH_LOSSES, connect, is_worth_another
 from motor_ray.errors import ConfigError, RunError
 from motor_ray.storage import read_table
 
@@ -126,6 +128,7 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(dashboard, archive, checkpoint, 
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_with_losses_is_done_and_not_tried_again(dashboard, damaged, checkpoint, tmp_path):
     file = job_file(tmp_path, f"detect --archive {damaged} --model {checkpoint} --out {tmp_path}/found")
     with submit(file, dashboard) as process:
@@ -133,6 +136,19 @@ def test_a_job_that_ends_with_losses_is_done_and_not_tried_again(dashboard, dama
     assert process.returncode == 1, complaint
     result = json.loads(said)
     assert (result["status"], result["attempts"]) == ("SUCCEEDED, but something could not be read; see its log", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(None, True), (-9, True), (1, True), (DONE_WITH_LOSSES, False), (2, False)],
+    ids=["its node died", "it was killed", "it could not go on", "something was lost", "it was wrong"],
+)
+def test_only_a_job_that_did_not_come_to_its_end_is_tried_again(tmp_path, code, again):
+    job = read_job(str(job_file(tmp_path, "detect --archive a --model m --out o")))
+    ended = JobDetails(type="SUBMISSION", entrypoint="", status=JobStatus.FAILED, driver_exit_code=code)
+    assert is_worth_another(ended, 1, job) == again
+    assert not is_worth_another(ended, job.attempts, job)
+    assert is_worth_another(ended, 0, job)  # what came before may have been put right
 
 
 @pytest.mark.parametrize(
