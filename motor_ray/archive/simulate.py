@@ -40,8 +40,8 @@ SPACINGS_ANGSTROM = {
 SMALLEST_EXTENT_ANGSTROM = (800.0, 4000.0, 4000.0)
 """A volume along z, y, x that shows enough of a cell; spacings that make a shape smaller than this are not drawn."""
 
-SMALLEST_WIDTH_ANGSTROM = 900.0
-"""A narrower volume along y and x holds no cell: with 0.4 of it for a radius, nothing is left within the envelope."""
+SMALLEST_WIDTH_ANGSTROM = 600.0
+"""A narrower volume along y and x holds no cell: with 0.4 of it for a radius nothing is left within the envelope."""
 
 PAD_ANGSTROM = 200.0
 """The specimen goes on this far beyond the tomogram, for the reconstruction is periodic at its faces."""
