@@ -55,10 +55,14 @@ def _points(axis: Axes, lines: Sequence[Line], title: str, colour: str, mark: st
 
 
 def _label(axis: Axes, lines: Sequence[Line]) -> None:
-    """Names beside their points: of points that cost about the same in a column right of them, a line leading back."""
+    """Names beside their points: of points that cost about the same in a column, a line leading back.
+
+    The first column stands left of its points, where nothing else is; the others right of theirs.
+    """
     low, high = axis.get_ylim()
-    for group in groups_of(lines):
-        beside = max(line.milliseconds or 0.0 for line in group) * 1.09
+    for number, group in enumerate(groups_of(lines)):
+        times = [line.milliseconds or 0.0 for line in group]
+        beside, side, end = (max(times) * 1.09, "left", 0.0) if number else (min(times) / 1.09, "right", 1.0)
         values = [mean(line, "f2") for line in group]
         for line, value, height in zip(group, values, spread(values, (high - low) / 27), strict=True):
             time = line.milliseconds or np.nan
@@ -67,9 +71,17 @@ def _label(axis: Axes, lines: Sequence[Line]) -> None:
                 (time, value),
                 xytext=(beside, height),
                 va="center",
+                ha=side,
                 fontsize=8,
                 color=KINDS[line.role][1],
-                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#A0A0A0", "shrinkA": 0, "shrinkB": 4},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "linewidth": 0.5,
+                    "color": "#A0A0A0",
+                    "shrinkA": 0,
+                    "shrinkB": 4,
+                    "relpos": (end, 0.5),
+                },
             )
 
 
@@ -96,7 +108,7 @@ def spread(values: Sequence[float], step: float) -> list[float]:
 def _finish(axis: Axes, lines: Sequence[Line]) -> None:
     times = [line.milliseconds for line in lines if line.milliseconds]
     if times:
-        axis.set_xlim(min(times) / 1.25, max(times) * 2.2)  # room for the names
+        axis.set_xlim(min(times) / 2.4, max(times) * 2.2)  # room for the names
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
