@@ -117,7 +117,7 @@ def test_help_lists_all_verbs(arguments, capsys):
         (["evaluate", "--detections", "a", "--labels", "http://host/a.csv"], "http:// is not read; give a local path"),
         (
             ["simulate", "--out", "s", "--tomograms", "1", "--shape", "8", "24", "24"],
-            "holds no cell; give at least 900",
+            "holds no cell; give at least 600",
         ),
         ([*CALIBRATE, "--quantile", "0.4"], "--quantile is of --method quantile; leave it out with fitted"),
         ([*CALIBRATE, "--evaluate.threshold", "0.4"], "--evaluate.threshold is of --method fixed"),
