@@ -282,6 +282,7 @@ def test_an_ablation_leaves_a_run_for_each_trial_and_is_not_repeated(study, arch
         "ablation.json",
         "ablation.md",
         "ablation.png",
+        "lock",
         *names,
     }
     written = [(tmp_path / "study" / name / "metrics.jsonl").stat().st_mtime_ns for name in names]
