@@ -310,12 +310,13 @@ def _batches(images: Iterable[Image], limits: Mapping[str, int]) -> Iterator[lis
     batch: list[tuple[bytes, str]] = []
     size = 0
     for number, image in enumerate(images):
-        file = _file(image, number)
-        if batch and (len(batch) == limits["batch_images"] or size + len(file[0]) + HEAD_BYTES > limits["batch_bytes"]):
+        data, name = _file(image, number)
+        weight = len(data) + HEAD_BYTES
+        if batch and (len(batch) == limits["batch_images"] or size + weight > limits["batch_bytes"]):
             yield batch
             batch, size = [], 0
-        batch.append(file)
-        size += len(file[0]) + HEAD_BYTES
+        batch.append((data, name))
+        size += weight
     if batch:
         yield batch
 

@@ -18,7 +18,7 @@ from motor_ray.motors.figures import CheckRow, MotorsPanel, close_up
 from motor_ray.slices.augment import augment, sample_generator
 from motor_ray.slices.frame import frames_of
 from motor_ray.slices.preprocess import make_frames, to_uint8
-from motor_ray.slices.repair import SOUND, find_repair, repaired
+from motor_ray.slices.repair import repair_asked, repaired
 from motor_ray.slices.targets import box_on_frame, boxes_on_frame, draw_levels, whole_heatmap
 
 Row = dict[str, Any]
@@ -56,8 +56,8 @@ def check_row(title: str, row: Row, labels: Labels, settings: RunSettings, chang
         for frame in placement
     ]
     tile = int(np.argmax([len(some) for some in boxes]))
-    fault = find_repair([image], settings.preprocess) if settings.archive.repair else SOUND
-    pixels = make_frames(repaired(image, fault), placement, settings.preprocess)[tile]
+    mended = repaired(image, repair_asked([image], settings))
+    pixels = make_frames(mended, placement, settings.preprocess)[tile]
     rng = sample_generator(settings.train.seed, 0, row["tomo_id"])
     augmented, moved = augment(pixels[None], boxes[tile], rng, changes)
     heatmap = whole_heatmap(draw_levels(moved, settings.frame.size, targets, settings.model.levels))

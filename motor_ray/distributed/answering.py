@@ -22,7 +22,7 @@ from motor_ray.distributed.scoring import found_on, images_of
 from motor_ray.errors import SliceCorruptError
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import contrasts_of, make_frames
-from motor_ray.slices.repair import SOUND, Repair, find_repair, repaired
+from motor_ray.slices.repair import repair_asked, repaired
 
 
 class Prepared(NamedTuple):
@@ -81,7 +81,7 @@ class Answerer:
         started, settings = time.perf_counter(), with_tta(self.settings, tta)
         image = decode_picture(data, "The image", most_pixels)
         placement = frames_of((image.shape[0], image.shape[1]), spacing, self.settings.frame)
-        fault = self._find_repair(image)
+        fault = repair_asked([image], self.settings)
         mended, ways = repaired(image, fault), contrasts_of(settings.preprocess, settings.detect.contrasts)
         try:
             frames = np.concatenate([make_frames(mended, placement, way) for way in ways])
@@ -133,11 +133,6 @@ class Answerer:
         found = iter(found_on(one.row, looks, one.placement, self.settings)) if looks else iter(())
         nothing: dict[str, Any] = {"presence": None, "detections": []}
         return [entry | (next(found) if entry["status"] == "ok" else nothing) for entry in one.row["loaded"]]
-
-    def _find_repair(self, image: NDArray[Any]) -> Repair:
-        if not self.settings.archive.repair:
-            return SOUND
-        return find_repair([image], self.settings.preprocess)
 
 
 def with_tta(settings: RunSettings, tta: Augmentation | None) -> RunSettings:

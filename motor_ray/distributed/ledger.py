@@ -60,7 +60,9 @@ def storage_watched(out: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        raise UnfinishedError(f"{out}: stopped: {error}; run the same command again to go on") from error
+        raise UnfinishedError(
+            f"{out}: stopped: {error}; run the same command again, a training's with --resume"
+        ) from error
 
 
 def settle(slabs: str, notes: str) -> None:

@@ -23,7 +23,7 @@ from motor_ray.errors import MotorRayError, OutageError, SliceCorruptError, Slic
 from motor_ray.slices.channels import channel_step, channels_of, with_neighbours
 from motor_ray.slices.frame import Frame, frames_of
 from motor_ray.slices.preprocess import contrasts_of, make_frames
-from motor_ray.slices.repair import SOUND, Repair, find_repair, repaired
+from motor_ray.slices.repair import Repair, repair_asked, repaired
 from motor_ray.storage import retries
 
 READ_THREADS = 8
@@ -91,7 +91,7 @@ class LoadSlab:
         except MotorRayError as error:
             return np.empty(0, np.uint8), dict.fromkeys(zs, Fate(error))
         images = read_slices(reader, zs, READ_THREADS)
-        fault = self._find_repair([image for image in images if not isinstance(image, Exception)])
+        fault = repair_asked([image for image in images if not isinstance(image, Exception)], self.settings)
         size, good = self.settings.frame.size, 0
         frames = np.empty((len(zs), len(self.contrasts) * len(placement), size, size), np.uint8)
         fates = {}
@@ -99,11 +99,6 @@ class LoadSlab:
             fates[z] = self._make_frames(image, fault, placement, frames[good])
             good += fates[z].error is None
         return frames[:good], fates
-
-    def _find_repair(self, images: list[NDArray[Any]]) -> Repair:
-        if not self.settings.archive.repair:
-            return SOUND
-        return find_repair(images, self.settings.preprocess)
 
     def _make_frames(
         self, image: NDArray[Any] | MotorRayError, fault: Repair, placement: list[Frame], out: NDArray[np.uint8]

@@ -114,9 +114,9 @@ def answering(address: str) -> Iterator[None]:
             f"{address}: the cluster asks for a token that we do not have, or takes ours for wrong; set RAY_AUTH_MODE="
             "token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
         ) from None
+    except MotorRayError:
+        raise
     except (RayError, requests.RequestException, ConnectionError, RuntimeError, ValueError) as error:
-        if isinstance(error, MotorRayError):
-            raise
         raise RunError(
             f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); give the address of its dashboard, "
             "such as http://head:8265"

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from motor_ray.config import PreprocessSettings
+from motor_ray.config import PreprocessSettings, RunSettings
 from motor_ray.slices.preprocess import grey_limits, stretch
 
 Image = NDArray[Any]
@@ -77,6 +77,11 @@ class Repair(NamedTuple):
 
 
 SOUND = Repair(wrapped=False, inverted=False)
+
+
+def repair_asked(images: Sequence[Image], settings: RunSettings) -> Repair:
+    """What `find_repair` says of `images`; nothing is wrong if repairs are not asked for."""
+    return find_repair(images, settings.preprocess) if settings.archive.repair else SOUND
 
 
 def find_repair(images: Sequence[Image], preprocess: PreprocessSettings) -> Repair:
